@@ -581,9 +581,9 @@ def test_image_contains_no_data_and_no_runs() -> None:
 def test_containerfile_parser_joins_lines_and_refuses_unknown_steps(tmp_path: Path) -> None:
     assert trying.steps("# no\nRUN one \\\n  two\n\nUSER me\n") == [("RUN", "one    two"), ("USER", "me")]
     with pytest.raises(ValueError, match="HEALTHCHECK"):
-        trying.Container(tmp_path, [], {}).do("HEALTHCHECK", "CMD true")
+        trying.Container(tmp_path, [], {}).execute("HEALTHCHECK", "CMD true")
     container = trying.Container(tmp_path, [], {})
     for word, rest in (("ENV", "PATH=/mura/.venv/bin:$PATH"), ("WORKDIR", "/mura"), ("COPY", "LICENSE ./")):
-        container.do(word, rest)
+        container.execute(word, rest)
     assert container.env["PATH"] == f"/mura/.venv/bin:{trying.PATH}"
     assert (tmp_path / "mura" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()

@@ -234,12 +234,12 @@ def test_a_conversion_that_fails_is_told(tmp_path: Path) -> None:
         tmp_path / "work",
     )
     assert done.returncode == 1
-    assert "the conversion that nobody killed ended with status 2: " in done.stderr
+    assert "the undisturbed conversion exited with status 2: " in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     (tmp_path / "work/left").touch()
     refused = run("python", ROOT / "tools/robustness/kill_conversion.py", "--keep", tmp_path / "work")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "is not empty; name a new folder" in refused.stderr
+    assert "is not empty. Name a new folder." in refused.stderr
 
 
 # ---- scarce_resources.py
@@ -254,8 +254,8 @@ def test_a_conversion_that_fails_is_told(tmp_path: Path) -> None:
         (2, "a\n" * 6, "status 2, 6 lines on stderr"),
         (1, "", "status 1, 0 lines on stderr"),
         (1, "Traceback (most recent call last):\nOSError\n", "status 1, 2 lines on stderr"),
-        (-9, "", "ended with status -9"),
-        (None, "", "did not end within 300 s"),
+        (-9, "", "exited with status -9"),
+        (None, "", "did not exit within 300 s"),
     ],
 )
 def test_end_of_a_limited_command_is_judged(status: int | None, stderr: str, fault: str) -> None:
@@ -271,7 +271,7 @@ def test_differences_of_limited_commands_are_named() -> None:
 def test_unknown_case_is_refused() -> None:
     refused = run("python", ROOT / "tools/robustness/scarce_resources.py", "clock", "disk-50")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "disk-50: name some of disk-10, " in refused.stderr
+    assert "disk-50: unknown. Name some of disk-10, " in refused.stderr
 
 
 def test_wall_clock_jumps_and_monotonic_clock_does_not(tmp_path: Path) -> None:
@@ -299,5 +299,5 @@ def test_commands_end_well_under_scarce_resources() -> None:
     done = run("python", script, *names, timeout_s=1800, cold=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     trials, verdict = done.stdout.splitlines()[-1].split(": ")
-    assert verdict.endswith(" hold, 0 not")
+    assert verdict.endswith(" pass, 0 fail")
     assert int(trials.removesuffix(" trials")) + 3 * done.stdout.count("skipped, ") == 15

@@ -1,21 +1,21 @@
-"""`kill -9` at random and chosen moments of a training, then the same command again: every tensor is an undisturbed run's.
+"""Kill trainings by SIGKILL, resume them with the same command, and compare every tensor with an undisturbed run.
 
 python tools/robustness/chaos_train.py [--kills 20] [--seed S] [--ranks 2] [--victims any] [--keep DIR] [-- key=value ...]
 
-    phantoms -> shards (64 px) -> trained whole, timed -> for each kill: a fresh run, killed once to three times by SIGKILL,
-    each time started again at once by the same command, trained to its end, compared
+    phantoms -> shards (64 px) -> an undisturbed training, timed -> for each trial: a new run, killed one to three times by
+    SIGKILL, each time resumed at once by the same command, trained to its end, compared
 
 key=value are settings of the training, added to those below, as in: -- zero_stage=1 epochs=20
 
-A moment is random (uniform over the time that the whole training took, over the number of this story's kills), at the start
-(uniform over start-up: imports, lock, meeting), in a write (a checkpoint's `.partial` folder has just appeared) or in an
-evaluation (an epoch's last step is logged, its evaluation is not). A victim is one of the ranks, torchrun alone, whose ranks have
-to leave by themselves, or all at once; with --victims ranks always one rank. Stories take turns in their first kill's moment,
-with --victims ranks also in its rank; the rest is drawn.
+A kill happens at one of four moments: "random" (uniform over the time of the undisturbed training divided by the number of
+kills), "start" (uniform over start-up), "write" (a checkpoint's `.partial` folder has just appeared) or "evaluation" (an epoch's
+last step is logged, its evaluation is not). The victim is a rank, torchrun alone, whose ranks must then exit by themselves, or
+all processes. With --victims ranks it is always a rank. The first kill of each trial takes the next moment in turn, and with
+--victims ranks the next rank. The other choices are random.
 
-Compared are all tensors of the checkpoints that both runs kept, the last and the best always among them, bit for bit; all keys
-of their state.json (learning rate's plateau, best value, counters); metrics.jsonl line by line but for the wall clock's fields.
-Exit status: 0 all the same; 1 a difference, a surviving process or a command that failed.
+The tool compares all tensors of the checkpoints that both runs have, among them the last and the best, bit for bit. It compares
+all keys of their state.json, and metrics.jsonl line by line without the fields that measure time. Exit status: 0 all equal; 1 a
+difference, a surviving process or a failed command.
 """
 
 import argparse
@@ -49,19 +49,19 @@ SETTINGS = (
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
-}  # bit for bit is a promise of the CPU, with as many threads
+}  # bits are equal on a CPU with the same number of threads
 WALL_CLOCK = {  # the fields of metrics.jsonl that measure time, as metrics_log.py names them
     *("time_s", "evaluation_s", "images_per_s"),
     *("data_wait_share", "limited_by", "overhead_share"),
 }
 AIMS = ("random", "write", "evaluation", "start")
 LIMIT_S = 600.0  # one training to its end
-GONE_S = 20.0  # how long ranks may need to notice that their launcher is dead, and to leave
+GONE_S = 20.0  # time limit for ranks to exit after their launcher died
 
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """The training that nobody killed. `seconds` in all, of these `start_s` before its first line of metrics.jsonl."""
+    """The undisturbed training. It took `seconds`, of which `start_s` before its first line of metrics.jsonl."""
 
     run: Path
     seconds: float
@@ -73,7 +73,7 @@ class ReferenceRun:
 
 @dataclass(frozen=True)
 class Aim:
-    """When to kill: `after_s` the start, or `after_s` the beginning of a write or an evaluation, `skip` of them let pass."""
+    """The moment of a kill: `after_s` after the start, or after the start of a write or evaluation, with `skip` ignored."""
 
     kind: str
     after_s: float
@@ -82,20 +82,20 @@ class Aim:
 
 
 @dataclass
-class Story:
-    """One run's. `hits`: what was killed, when; `late`: starts that had ended before their moment came."""
+class Trial:
+    """The kills of one run and the result. `late` counts starts that finished before their kill."""
 
     hits: list[Aim] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)  # where the run stood at each kill
+    positions: list[str] = field(default_factory=list)  # the run's progress at each kill
     torn: int = 0  # kills that left a half-written checkpoint
     late: int = 0
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         hits = ", ".join(
-            f"{hit.victim} ({hit.kind}, {position})" for hit, position in zip(self.hits, self.places, strict=True)
+            f"{hit.victim} ({hit.kind}, {position})" for hit, position in zip(self.hits, self.positions, strict=True)
         )
-        late = f", {self.late} done before" if self.late else ""
+        late = f", {self.late} finished before the kill" if self.late else ""
         return f"killed {hits or 'never'}{late}: {'; '.join(self.problems) or 'the same bits'}"
 
 
@@ -105,8 +105,8 @@ def command(shards: Path, run: Path, ranks: int, arguments: Sequence[str]) -> li
 
 
 @contextlib.contextmanager
-def started(arguments: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
-    """A command in a session of its own that writes to `log`; what is left of it when the block ends is killed."""
+def running_command(arguments: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
+    """Run a command in a new session that writes to `log`. At the end of the block, kill its processes."""
     with open(log, "ab") as file:
         process = subprocess.Popen(
             arguments, stdout=file, stderr=file, start_new_session=True, env={**os.environ, **ENVIRONMENT}
@@ -118,22 +118,22 @@ def started(arguments: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def to_its_end(arguments: Sequence[str], log: Path) -> str:
-    """What went wrong, or ""."""
-    with started(arguments, log) as process:
+def run_to_end(arguments: Sequence[str], log: Path) -> str:
+    """Run a command to its end. Return the problem, or ""."""
+    with running_command(arguments, log) as process:
         try:
             status = process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
-            return f"did not end within {LIMIT_S:.0f} s"
+            return f"did not exit within {LIMIT_S:.0f} s"
     message = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-    return f"ended with status {status}: {message}" if status else ""
+    return f"exited with status {status}: {message}" if status else ""
 
 
-# ---- who is there, and how they end
+# ---- processes
 
 
 def _processes() -> Iterator[tuple[int, int, str]]:
-    """(process, parent, state) of all that this system has. Training is for Linux, so there is a /proc."""
+    """Yield (process, parent, state) of all processes. Training runs on Linux, which has /proc."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError):  # it ended meanwhile
             state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
@@ -141,7 +141,7 @@ def _processes() -> Iterator[tuple[int, int, str]]:
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
-    """rank -> process, of those that this torchrun started and that live."""
+    """Return the living ranks that a torchrun started, by rank."""
     results = {}
     for process, parent, state in _processes():
         if parent == launcher and state not in "ZX":
@@ -153,7 +153,7 @@ def ranks_of(launcher: int) -> dict[int, int]:
 
 
 def processes_of(run: Path) -> list[int]:
-    """Living processes, but for this one, whose command line names this run: launchers and ranks."""
+    """Return the other living processes whose command line names this run: launchers and ranks."""
     results = []
     for process, _, state in _processes():
         with contextlib.suppress(OSError):
@@ -164,18 +164,18 @@ def processes_of(run: Path) -> list[int]:
 
 
 def kill(launcher: int, victim: str) -> str:
-    """SIGKILL; says who it was: torchrun itself where that rank is not there (yet)."""
+    """Send SIGKILL to a victim and return its name. If that rank has not started, kill torchrun."""
     ranks = ranks_of(launcher)
     number = int(victim.removeprefix("rank ")) if victim.startswith("rank ") else -1
-    doomed = [launcher, *ranks.values()] if victim == "all" else [ranks.get(number, launcher)]
-    for process in doomed:
+    targets = [launcher, *ranks.values()] if victim == "all" else [ranks.get(number, launcher)]
+    for process in targets:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     return victim if number in ranks or number < 0 else "torchrun"
 
 
 def survivors(run: Path, limit_s: float = GONE_S) -> str:
-    """ "", once no process of the run lives. What is still there after `limit_s` is named, then ended."""
+    """Return "" once no process of the run lives. After `limit_s`, kill the others and return a problem."""
     end = time.monotonic() + limit_s
     while alive := processes_of(run):
         if time.monotonic() > end:
@@ -187,16 +187,16 @@ def survivors(run: Path, limit_s: float = GONE_S) -> str:
     return ""
 
 
-# ---- where a run stands
+# ---- progress of a run
 
 
 def partial_writes(run: Path) -> frozenset[str]:
-    """Checkpoints on their way, by name."""
+    """Return the names of the checkpoints that are being written."""
     return frozenset(path.name for path in (run / "checkpoints").glob(".step-*.partial"))
 
 
 def last_line(run: Path) -> dict[str, Any]:
-    """The last whole line of metrics.jsonl, {} where there is none."""
+    """Return the last complete line of metrics.jsonl, or {} if it has none."""
     path = run / "metrics.jsonl"
     with contextlib.suppress(OSError, IndexError, ValueError), open(path, "rb") as file:
         file.seek(max(path.stat().st_size - 2000, 0))
@@ -205,60 +205,61 @@ def last_line(run: Path) -> dict[str, Any]:
 
 
 def evaluations(run: Path, steps_per_epoch: int) -> frozenset[str]:
-    """The evaluation that is going on: an epoch's last step was logged, and nothing since."""
+    """Return the running evaluation: an epoch's last step is the last line of the log."""
     line = last_line(run)
     ended = line.get("kind") == "step" and line["step"] % steps_per_epoch == 0
     return frozenset([str(line["step"])] if ended else [])
 
 
 def position(run: Path) -> str:
+    """Return the last logged step, and the checkpoint that is being written."""
     line = last_line(run)
     torn = f", inside {min(writing)}" if (writing := partial_writes(run)) else ""
     return f"step {line['step'] if line else 0}{torn}"
 
 
 def moment(aim: Aim, run: Path, reference: ReferenceRun) -> Callable[[], bool]:
-    """A question to ask over and over: is it time to kill?"""
-    begin = time.monotonic()
+    """Return a function that returns whether the moment of the kill has come. Call it repeatedly."""
+    start = time.monotonic()
     if aim.kind in ("random", "start"):
-        return lambda: time.monotonic() >= begin + aim.after_s
+        return lambda: time.monotonic() >= start + aim.after_s
     before: frozenset[str] = frozenset()
-    passed = -1 if _present(aim, run, reference) else 0  # one that an earlier kill left behind is none
+    passed = -1 if _present(aim, run, reference) else 0  # ignore one that an earlier kill left behind
 
-    def now() -> bool:
+    def is_due() -> bool:
         nonlocal before, passed
         present = _present(aim, run, reference)
         passed += len(present - before)
         before = present
         return passed > aim.skip
 
-    return now
+    return is_due
 
 
 def _present(aim: Aim, run: Path, reference: ReferenceRun) -> frozenset[str]:
     return partial_writes(run) if aim.kind == "write" else evaluations(run, reference.steps_per_epoch)
 
 
-# ---- what is compared
+# ---- comparison
 
 
 def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """name -> (dtype, shape, bytes) of a safetensors file: a length, a JSON header, the bytes. Torch is not needed."""
+    """Return (dtype, shape, bytes) of each tensor of a safetensors file by name, without torch."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
     header.pop("__metadata__", None)
     return {
-        name: (about["dtype"], tuple(about["shape"]), body[slice(*about["data_offsets"])])
-        for name, about in header.items()
+        name: (entry["dtype"], tuple(entry["shape"]), body[slice(*entry["data_offsets"])])
+        for name, entry in header.items()
     }
 
 
 def differences(reference: Path, actual: Path) -> list[str]:
-    """What tells run `other` from run `whole`: checkpoints, tensors, state, metrics."""
+    """Return the differences between two runs: checkpoints, tensors, state, metrics."""
     expected_items, actual_items = _checkpoints(reference), _checkpoints(actual)
-    best, best_other = (_summary(run).get("best_checkpoint") for run in (reference, actual))
-    results = [f"the best checkpoint is {best_other}, not {best}"] if best != best_other else []
+    expected_best, actual_best = (_summary(run).get("best_checkpoint") for run in (reference, actual))
+    results = [f"the best checkpoint is {actual_best}, not {expected_best}"] if expected_best != actual_best else []
     if max(expected_items, default="") != max(actual_items, default=""):
         results.append(
             f"the last checkpoint is {max(actual_items, default='none')}, not {max(expected_items, default='none')}"
@@ -269,7 +270,7 @@ def differences(reference: Path, actual: Path) -> list[str]:
 
 
 def _checkpoints(run: Path) -> set[str]:
-    """Names of the complete ones."""
+    """Return the names of the complete checkpoints."""
     return {path.parent.name for path in (run / "checkpoints").glob("step-*/COMPLETE")}
 
 
@@ -298,7 +299,11 @@ def _unequal(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
-    """Its lines without the wall clock's fields. ValueError where one is torn: a finished run has none."""
+    """Return the lines of metrics.jsonl without the fields that measure time.
+
+    Raises:
+        ValueError: A line is incomplete, which no finished run has.
+    """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in lines]
 
@@ -314,15 +319,16 @@ def _metrics_differences(expected_items: list[dict[str, Any]], actual_items: lis
     return results
 
 
-# ---- the stories
+# ---- trials
 
 
 def train_reference(shards: Path, work: Path, ranks: int, arguments: Sequence[str]) -> ReferenceRun:
-    run, begin = work / "whole", time.monotonic()
-    with started(command(shards, run, ranks, arguments), work / "whole.log") as process:
+    """Train undisturbed, and measure the start-up, the total time and the number of checkpoint writes."""
+    run, start = work / "reference", time.monotonic()
+    with running_command(command(shards, run, ranks, arguments), work / "reference.log") as process:
         while not last_line(run) and process.poll() is None:
             time.sleep(0.01)
-        start_s = time.monotonic() - begin
+        start_s = time.monotonic() - start
         writes = 0
         before: frozenset[str] = frozenset()
         while process.poll() is None:
@@ -330,70 +336,70 @@ def train_reference(shards: Path, work: Path, ranks: int, arguments: Sequence[st
             writes, before = writes + len(present - before), present
             time.sleep(0.002)
     if process.returncode:
-        message = (work / "whole.log").read_text(errors="replace").strip()
-        raise SystemExit(f"the training that nobody killed ended with status {process.returncode}:\n{message[-2000:]}")
+        message = (work / "reference.log").read_text(errors="replace").strip()
+        raise SystemExit(f"the undisturbed training exited with status {process.returncode}:\n{message[-2000:]}")
     lines = [line for line in _metrics(run) if line["kind"] == "epoch"]
-    return ReferenceRun(run, time.monotonic() - begin, start_s, lines[1]["step"], len(lines) - 1, writes)
+    return ReferenceRun(run, time.monotonic() - start, start_s, lines[1]["step"], len(lines) - 1, writes)
 
 
 def draw_aims(
     rng: random.Random, number: int, reference: ReferenceRun, ranks: int, *, only_ranks: bool = False
 ) -> list[Aim]:
-    """Draw one story's kills, one to three."""
+    """Draw the one to three kills of a trial."""
     count = rng.choice((1, 1, 2, 3))
-    each_rank = [f"rank {rank}" for rank in range(ranks)]
-    victims = each_rank if only_ranks else [*each_rank, "torchrun", "all"]
+    rank_names = [f"rank {rank}" for rank in range(ranks)]
+    victims = rank_names if only_ranks else [*rank_names, "torchrun", "all"]
     span_s = reference.start_s + (reference.seconds - reference.start_s) / count
     aims = []
-    for place_in_story in range(count):
-        kind = AIMS[number % len(AIMS)] if place_in_story == 0 else rng.choice(AIMS)
+    for kill_index in range(count):
+        kind = AIMS[number % len(AIMS)] if kill_index == 0 else rng.choice(AIMS)
         after_s = rng.uniform(
             0, {"random": span_s, "start": reference.start_s, "write": 0.02, "evaluation": 0.02}[kind]
         )
-        passing = {"write": reference.writes, "evaluation": reference.epochs}.get(kind, 0) // (2 * count)
-        skip, victim = rng.randrange(passing + 1), rng.choice(victims)
-        if only_ranks and place_in_story == 0:
-            victim = each_rank[number // len(AIMS) % ranks]
+        num_passing = {"write": reference.writes, "evaluation": reference.epochs}.get(kind, 0) // (2 * count)
+        skip, victim = rng.randrange(num_passing + 1), rng.choice(victims)
+        if only_ranks and kill_index == 0:
+            victim = rank_names[number // len(AIMS) % ranks]
         aims.append(Aim(kind, after_s, skip, victim))
     return aims
 
 
-def killed(arguments: Sequence[str], run: Path, aim: Aim, reference: ReferenceRun, story: Story, log: Path) -> None:
-    """One start that meets SIGKILL at its moment; `story` hears of it."""
-    now = moment(aim, run, reference)
-    with started(arguments, log) as process:
-        while process.poll() is None and not now():
+def kill_once(arguments: Sequence[str], run: Path, aim: Aim, reference: ReferenceRun, trial: Trial, log: Path) -> None:
+    """Start the command, kill it at the moment of `aim`, and record the kill in `trial`."""
+    is_due = moment(aim, run, reference)
+    with running_command(arguments, log) as process:
+        while process.poll() is None and not is_due():
             time.sleep(0.001)
         if process.poll() is not None:
-            story.late += 1
+            trial.late += 1
             return
         if aim.kind in ("write", "evaluation"):
             time.sleep(aim.after_s)
         victim = kill(process.pid, aim.victim)
-        story.hits.append(Aim(aim.kind, aim.after_s, aim.skip, victim))
-        story.places.append(position(run))
-        story.torn += bool(partial_writes(run)) and victim in ("rank 0", "all")
+        trial.hits.append(Aim(aim.kind, aim.after_s, aim.skip, victim))
+        trial.positions.append(position(run))
+        trial.torn += bool(partial_writes(run)) and victim in ("rank 0", "all")
         if victim.startswith("rank "):
             try:
                 process.wait(LIMIT_S)
             except subprocess.TimeoutExpired:
-                story.problems.append(f"torchrun did not end within {LIMIT_S:.0f} s of the death of a rank")
+                trial.problems.append(f"torchrun did not exit within {LIMIT_S:.0f} s of the death of a rank")
 
 
-def one_story(arguments: Sequence[str], run: Path, aims: Sequence[Aim], reference: ReferenceRun, log: Path) -> Story:
-    """Starts, kills as often as there are aims, trains to the end and compares."""
-    story = Story()
+def run_trial(arguments: Sequence[str], run: Path, aims: Sequence[Aim], reference: ReferenceRun, log: Path) -> Trial:
+    """Start and kill the command once per aim, train to the end and compare."""
+    trial = Trial()
     for aim in aims:
-        killed(arguments, run, aim, reference, story, log)
-        while story.late and not story.hits:  # the machine has become faster
+        kill_once(arguments, run, aim, reference, trial, log)
+        while trial.late and not trial.hits:  # the machine has become faster
             shutil.rmtree(run, ignore_errors=True)
-            aim = Aim("random", reference.seconds / 2**story.late, 0, aim.victim)
-            killed(arguments, run, aim, reference, story, log)
-    problem = to_its_end(arguments, log)
-    story.problems += [problem] if problem else differences(reference.run, run)
+            aim = Aim("random", reference.seconds / 2**trial.late, 0, aim.victim)
+            kill_once(arguments, run, aim, reference, trial, log)
+    problem = run_to_end(arguments, log)
+    trial.problems += [problem] if problem else differences(reference.run, run)
     problem = survivors(run)
-    story.problems += [problem] if problem else []
-    return story
+    trial.problems += [problem] if problem else []
+    return trial
 
 
 def kill_often(
@@ -406,39 +412,40 @@ def kill_often(
     ranks: int,
     only_ranks: bool = False,
     log: Callable[[str], None] = print,
-) -> list[Story]:
-    """Trains whole into `work`, then `kills` runs that are killed. Each is said as it ends."""
+) -> list[Trial]:
+    """Train undisturbed in `work`, then run `kills` trials. Log each trial as it ends."""
     rng = random.Random(seed)
     reference = train_reference(shards, work, ranks, arguments)
     log(
-        f"whole: {reference.epochs} epochs of {reference.steps_per_epoch} steps, {reference.writes} checkpoints, {ranks} ranks, "
-        f"in {reference.seconds:.1f} s, {reference.start_s:.1f} s of them start-up"
+        f"undisturbed: {reference.epochs} epochs of {reference.steps_per_epoch} steps, {reference.writes} checkpoints, "
+        f"{ranks} ranks, in {reference.seconds:.1f} s, {reference.start_s:.1f} s of them start-up"
     )
-    stories = []
+    trials = []
     for number in range(1, kills + 1):
         aims, run = draw_aims(rng, number, reference, ranks, only_ranks=only_ranks), work / f"killed-{number}"
-        story = one_story(command(shards, run, ranks, arguments), run, aims, reference, work / f"killed-{number}.log")
-        stories.append(story)
-        log(f"kill {number}: {story}")
-    return stories
+        trial = run_trial(command(shards, run, ranks, arguments), run, aims, reference, work / f"killed-{number}.log")
+        trials.append(trial)
+        log(f"kill {number}: {trial}")
+    return trials
 
 
-def summary(stories: Sequence[Story], seed: int) -> str:
-    hits = [hit for story in stories for hit in story.hits]
+def summary(trials: Sequence[Trial], seed: int) -> str:
+    """Return the line that is printed at the end."""
+    hits = [hit for trial in trials for hit in trial.hits]
     victims = Counter("a rank" if hit.victim.startswith("rank ") else hit.victim for hit in hits)
     kinds = Counter(hit.kind for hit in hits)
-    bad = sum(bool(story.problems) for story in stories)
+    bad = sum(bool(trial.problems) for trial in trials)
     return (
-        f"{len(stories)} trainings (seed {seed}), killed {len(hits)} times at work "
+        f"{len(trials)} trainings (seed {seed}), killed {len(hits)} times at work "
         f"({', '.join(f'{count} {name}' for name, count in sorted(victims.items()))}; "
         f"{', '.join(f'{count} {name}' for name, count in sorted(kinds.items()))}; "
-        f"{sum(story.torn for story in stories)} left a half-written checkpoint): "
-        f"{len(stories) - bad} the same bits, {bad} not"
+        f"{sum(trial.torn for trial in trials)} left a half-written checkpoint): "
+        f"{len(trials) - bad} the same bits, {bad} not"
     )
 
 
-def drawn(work: Path) -> Path:
-    """Shards of phantoms, 64 px."""
+def convert_phantoms(work: Path) -> Path:
+    """Draw phantoms and convert them to shards of 64 px. Return the shard folder."""
     mura_dist, source, shards = str(BIN / "mura-dist"), str(work / "phantoms"), work / "shards"
     quiet: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL}
     subprocess.run(
@@ -455,10 +462,10 @@ def main(arguments: list[str]) -> int:
         else (arguments, [])
     )
     parser = argparse.ArgumentParser(
-        description="Kill trainings; what follows -- are settings of the training.", allow_abbrev=False
+        description="Kill trainings and compare their tensors. Settings of the training follow --.", allow_abbrev=False
     )
     parser.add_argument("--kills", type=int, default=20, help="trainings to kill (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="draws moments and victims (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments and victims (%(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of a training (%(default)s)")
     parser.add_argument(
         "--victims",
@@ -466,17 +473,19 @@ def main(arguments: list[str]) -> int:
         default="any",
         help="ranks: never torchrun, nor all at once (%(default)s)",
     )
-    parser.add_argument("--keep", type=Path, help="work in this folder, and leave all there (needs to be empty)")
+    parser.add_argument("--keep", type=Path, help="work in this folder and do not delete it (must be empty)")
     options = parser.parse_args(arguments)
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):
-        parser.error(f"--keep {options.keep} is not empty; name a new folder")
+        parser.error(f"--keep {options.keep} is not empty. Name a new folder.")
     with tempfile.TemporaryDirectory() as scratch:
         work = (Path(scratch) if options.keep is None else options.keep).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        chosen = {"kills": options.kills, "seed": options.seed, "ranks": options.ranks}
-        stories = kill_often(drawn(work), work, settings, **chosen, only_ranks=options.victims == "ranks")
-    print(summary(stories, options.seed))
-    return 1 if any(story.problems for story in stories) else 0
+        kill_options = {"kills": options.kills, "seed": options.seed, "ranks": options.ranks}
+        trials = kill_often(
+            convert_phantoms(work), work, settings, **kill_options, only_ranks=options.victims == "ranks"
+        )
+    print(summary(trials, options.seed))
+    return 1 if any(trial.problems for trial in trials) else 0
 
 
 if __name__ == "__main__":

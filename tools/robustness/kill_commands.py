@@ -1,14 +1,14 @@
-"""`kill -9` at random moments of evaluate, export, ensemble and score, then the same command again: the files are the same.
+"""Kill evaluate, export, ensemble and score by SIGKILL at random moments, repeat the command, and compare the files.
 
 python tools/robustness/kill_commands.py [--kills 3] [--seed S] [--keep DIR] [COMMAND ...]
 
-    phantoms -> shards (64 px) -> two runs of a tiny network -> each command whole, timed
-        -> for each kill: a fresh copy of what it writes into, killed once, the same command again, compared
+    phantoms -> shards (64 px) -> two runs of a tiny network -> each command undisturbed, timed
+        -> for each kill: a new copy of its output folder, killed once, the same command again, compared
 
-A moment is uniform over the time that the whole command took; one that comes too late is halved, and its trial begins anew.
-Compared is every file byte for byte but the reports and the gallery, which hold seconds: their JSON is compared without
-those, their HTML is not. Exit status: 0 all the same; 1 a difference, a left-over file, a surviving process or a command that
-failed.
+A moment is uniform over the time of the undisturbed command. A moment that comes too late is halved, and its trial starts again.
+Every file is compared byte for byte, except reports and galleries, which contain times. Their JSON is compared without the times,
+and their HTML is not compared. Exit status: 0 all equal; 1 a difference, a left-over file, a surviving process or a failed
+command.
 """
 
 import argparse
@@ -35,7 +35,7 @@ COMMANDS = ("evaluate", "export", "ensemble", "score")
 
 
 def prepare(folder: Path) -> None:
-    """Make in `folder` what the commands read: shards, the runs a and b, the evaluation of a."""
+    """Write the commands' inputs into `folder`: shards, the runs a and b, the evaluation of a."""
     run("phantoms", folder / "phantoms", "--studies", 60)
     run("shards", folder / "phantoms", folder / "shards", "--size", 64)
     for seed, name in enumerate(("a", "b")):
@@ -44,8 +44,8 @@ def prepare(folder: Path) -> None:
     run("evaluate", folder / "evaluated", folder / "shards")
 
 
-def words_of(command: str, folder: Path) -> list[str]:
-    """Return a command's words; it writes below `out`, a copy of run a for the commands that write into a run."""
+def command_line(command: str, folder: Path) -> list[str]:
+    """Return the arguments of a command. It writes below `out`, into a copy of run a if it writes into a run."""
     out, shards, studies = folder / "out", folder / "shards", folder / "evaluated/studies.csv"
     arguments: dict[str, tuple[object, ...]] = {
         "evaluate": (out / "a", shards),
@@ -60,15 +60,15 @@ def run(*arguments: object) -> None:
     subprocess.run([str(MURA_DIST), *map(str, arguments), "--quiet"], check=True, stdout=subprocess.DEVNULL)
 
 
-def renew(folder: Path) -> Path:
-    """Empty `out` but for a fresh copy of run a."""
+def reset_output(folder: Path) -> Path:
+    """Empty `out`, copy run a into it and return it."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     shutil.copytree(folder / "a", folder / "out/a")
     return folder / "out"
 
 
 def contents(out: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (name, content) of every file; of TIMED files without what the clock says."""
+    """Yield (name, content) of every file. The content of TIMED files is without times."""
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         name = path.relative_to(out).as_posix()
         if path.name not in TIMED:
@@ -88,29 +88,29 @@ def without_clock(value: Any) -> Any:
 
 
 def finish(arguments: Sequence[str]) -> tuple[float, str]:
-    """(seconds, what went wrong or "") of a command to its end."""
+    """Run a command to its end. Return the seconds and the problem, or ""."""
     start = time.monotonic()
     done = subprocess.run(arguments, capture_output=True, text=True, errors="replace", timeout=LIMIT_S, check=False)
     last = (done.stderr.strip().splitlines() or [""])[-1]
-    return time.monotonic() - start, f"ended with status {done.returncode}: {last}" if done.returncode else ""
+    return time.monotonic() - start, f"exited with status {done.returncode}: {last}" if done.returncode else ""
 
 
 def kill_often(command: str, folder: Path, *, kills: int, rng: random.Random) -> int:
-    """Run a command whole, then kill it `kills` times. Returns how many of these went wrong."""
-    arguments, out = words_of(command, folder), renew(folder)
+    """Run a command undisturbed, then kill it `kills` times. Return how many trials had a problem."""
+    arguments, out = command_line(command, folder), reset_output(folder)
     seconds, problem = finish(arguments)
     if problem:
-        raise SystemExit(f"{command}, which nobody killed, {problem}")
+        raise SystemExit(f"the undisturbed {command} {problem}")
     reference = dict(contents(out))
     num_wrong = 0
     for number in range(1, kills + 1):
-        renew(folder)
+        reset_output(folder)
         moment_s = rng.uniform(0, seconds)
-        at_work, survivors = kill_after(arguments, moment_s, group=number % 2 == 0)
-        while not at_work and not survivors:
-            renew(folder)
+        was_running, survivors = kill_after(arguments, moment_s, group=number % 2 == 0)
+        while not was_running and not survivors:
+            reset_output(folder)
             moment_s /= 2
-            at_work, survivors = kill_after(arguments, moment_s, group=number % 2 == 0)
+            was_running, survivors = kill_after(arguments, moment_s, group=number % 2 == 0)
         _, problem = finish(arguments)
         after = dict(contents(out))
         differing = [
@@ -130,13 +130,13 @@ def main(arguments: Sequence[str]) -> int:
         "commands", nargs="*", metavar="COMMAND", default=COMMANDS, help=f"of {', '.join(COMMANDS)}; all"
     )
     parser.add_argument("--kills", type=int, default=3, help="kills of each command (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the moments (%(default)s)")
-    parser.add_argument("--keep", type=Path, help="work in this folder, and leave all there (needs to be empty)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (%(default)s)")
+    parser.add_argument("--keep", type=Path, help="work in this folder and do not delete it (must be empty)")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.commands if name not in COMMANDS]:
-        parser.error(f"{unknown[0]}: name some of {', '.join(COMMANDS)}")
+        parser.error(f"{unknown[0]}: unknown. Name some of {', '.join(COMMANDS)}")
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):
-        parser.error(f"--keep {options.keep} is not empty; name a new folder")
+        parser.error(f"--keep {options.keep} is not empty. Name a new folder.")
     rng, wrong = random.Random(options.seed), 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = (Path(scratch) if options.keep is None else options.keep).absolute()

@@ -1,16 +1,16 @@
-"""`kill -9` at random moments of a conversion, then the same command again: the bytes are those of an undisturbed one.
+"""Kill conversions by SIGKILL at random moments, repeat the command, and compare the bytes with an undisturbed conversion.
 
 python tools/robustness/kill_conversion.py [--kills 20] [--seed S] [--source FOLDER | --studies N] [--keep DIR] [-- FLAGS]
 
-    source -> converted whole, timed -> for each kill: a fresh folder, killed once to three times, converted to the end, compared
+    source -> an undisturbed conversion, timed -> for each trial: a new folder, killed one to three times, converted, compared
 
 FLAGS are those of `mura-dist shards` and go to it as they are, as in: -- --size 64 --encoding png --workers 2
 
-A moment is uniform over the time that the whole conversion took, from the start of the process on; where the first of a folder
-comes too late, because the machine has become faster, the folder starts over with half of it. Odd kills end the command
-alone, as an operator would, and its workers have to leave by themselves; even ones end its whole process group, as a scheduler
-or the kernel would. Compared is every file byte for byte but conversion.json, which says when, where and how. Exit status: 0 all
-the same; 1 a difference, a left-over file, a surviving process or a command that failed.
+A moment is uniform over the time of the undisturbed conversion, from the start of the process. If the first kill of a folder
+comes too late, the folder starts again with half the moment. Odd trials kill the command alone, as an operator would, and its
+workers must exit by themselves. Even trials kill its process group, as a scheduler or the kernel would. Every file is compared
+byte for byte except conversion.json, which has times and settings. Exit status: 0 all equal; 1 a difference, a left-over file, a
+surviving process or a failed command.
 """
 
 import argparse
@@ -30,22 +30,22 @@ from pathlib import Path
 MURA_DIST = Path(sys.executable).parent / "mura-dist"
 NOT_COMPARED = "conversion.json"
 LIMIT_S = 1800.0  # one conversion to its end
-GONE_S = 15.0  # how long workers may need to notice that their launcher is dead
+GONE_S = 15.0  # time limit for workers to exit after their launcher died
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One folder's story. `moments_s`: after how many seconds each start was killed; `files`: what the last of them left."""
+    """The kills of one folder and the result. `moments_s`: seconds before each kill. `files`: number of files after the last."""
 
     moments_s: tuple[float, ...]
     group: bool
     files: int
-    finished: int  # starts that had ended before their moment came
+    finished: int  # starts that finished before their kill
     problems: tuple[str, ...]
 
     def __str__(self) -> str:
         moments = ", ".join(f"{moment:.2f}" for moment in self.moments_s)
-        late = f", {self.finished} done before" if self.finished else ""
+        late = f", {self.finished} finished before the kill" if self.finished else ""
         outcome = "; ".join(self.problems) or "the same bytes"
         return (
             f"{'group' if self.group else 'command'} killed after {moments} s{late}, {self.files} files left: {outcome}"
@@ -57,29 +57,29 @@ def command(source: Path, out: Path, flags: Sequence[str]) -> list[str]:
 
 
 def convert(source: Path, out: Path, flags: Sequence[str]) -> tuple[float, str]:
-    """(seconds, what went wrong or "") of a conversion to its end."""
+    """Run a conversion to its end. Return the seconds and the problem, or ""."""
     start = time.monotonic()
     done = subprocess.run(
         command(source, out, flags), capture_output=True, text=True, errors="replace", timeout=LIMIT_S, check=False
     )
     message = (done.stderr.strip().splitlines() or [""])[-1]
-    return time.monotonic() - start, f"ended with status {done.returncode}: {message}" if done.returncode else ""
+    return time.monotonic() - start, f"exited with status {done.returncode}: {message}" if done.returncode else ""
 
 
 def kill_after(arguments: Sequence[str], moment_s: float, *, group: bool) -> tuple[bool, str]:
-    """(whether it was still at work, what went wrong or "") of a command that meets SIGKILL after `moment_s`."""
+    """Send SIGKILL to a command after `moment_s`. Return whether it still ran, and the problem, or ""."""
     quiet = subprocess.DEVNULL
     with subprocess.Popen(arguments, stdout=quiet, stderr=quiet, start_new_session=True) as process:
         try:
             process.wait(moment_s)
-            at_work = False
+            was_running = False
         except subprocess.TimeoutExpired:
-            at_work = True
+            was_running = True
         if group:
             _kill_group(process.pid)
         process.kill()
         process.wait()
-    return at_work, _survivors(process.pid)
+    return was_running, _survivors(process.pid)
 
 
 def _kill_group(leader: int) -> None:
@@ -88,7 +88,7 @@ def _kill_group(leader: int) -> None:
 
 
 def _survivors(leader: int) -> str:
-    """ "", once no process of the group lives. What is still there after GONE_S is named, then ended."""
+    """Return "" once no process of the group lives. After GONE_S, kill the others and return a problem."""
     end = time.monotonic() + GONE_S
     while alive := _group(leader):
         if time.monotonic() > end:
@@ -99,7 +99,7 @@ def _survivors(leader: int) -> str:
 
 
 def _group(leader: int) -> list[int]:
-    """The living processes of a group; where there is no /proc, the leader's number as long as any is there."""
+    """Return the living processes of a group. Without /proc, return the leader while the group exists."""
     if not Path("/proc/self/stat").exists():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(leader, 0)
@@ -115,7 +115,7 @@ def _group(leader: int) -> list[int]:
 
 
 def differences(reference: Path, actual: Path) -> list[str]:
-    """What tells `other` from `whole`: files missing, left over, or of other bytes."""
+    """Return which files are missing, left over or different."""
     expected_items, actual_items = _files(reference), _files(actual)
     results = [f"{name} is missing" for name in sorted(expected_items - actual_items)] + [
         f"{name} is left over" for name in sorted(actual_items - expected_items)
@@ -136,44 +136,44 @@ def _files(folder: Path) -> set[str]:
     }
 
 
-def one_kill(
+def kill_and_convert(
     source: Path, reference: Path, out: Path, flags: Sequence[str], moments_s: Sequence[float], *, group: bool
 ) -> Kill:
-    """Starts, kills as often as there are moments, converts to the end and compares."""
+    """Start and kill the command once per moment, convert to the end and compare."""
     problems: list[str] = []
-    met_s: list[float] = []
+    killed_after_s: list[float] = []
     finished = 0
     for moment_s in moments_s:
-        at_work, problem = kill_after(command(source, out, flags), moment_s, group=group)
-        while not at_work and not met_s:
+        was_running, problem = kill_after(command(source, out, flags), moment_s, group=group)
+        while not was_running and not killed_after_s:
             shutil.rmtree(out, ignore_errors=True)
             moment_s /= 2
-            at_work, problem = kill_after(command(source, out, flags), moment_s, group=group)
-        met_s.append(moment_s)
-        finished += not at_work
+            was_running, problem = kill_after(command(source, out, flags), moment_s, group=group)
+        killed_after_s.append(moment_s)
+        finished += not was_running
         problems += [problem] if problem else []
     files = len(_files(out)) if out.exists() else 0
     _, problem = convert(source, out, flags)
     problems += [problem] if problem else differences(reference, out)
-    return Kill(tuple(met_s), group, files, finished, tuple(problems))
+    return Kill(tuple(killed_after_s), group, files, finished, tuple(problems))
 
 
 def kill_often(
     source: Path, work: Path, flags: Sequence[str], *, kills: int, seed: int, log: Callable[[str], None] = print
 ) -> list[Kill]:
-    """Converts `source` whole into `work`, then `kills` times killed. Each is said as it ends."""
-    rng, reference = random.Random(seed), work / "whole"
+    """Convert `source` undisturbed, then run `kills` trials in `work`. Log each trial as it ends."""
+    rng, reference = random.Random(seed), work / "reference"
     seconds, problem = convert(source, reference, flags)
     if problem:
-        raise SystemExit(f"the conversion that nobody killed {problem}")
-    log(f"whole: {len(_files(reference))} files in {seconds:.2f} s")
-    stories = []
+        raise SystemExit(f"the undisturbed conversion {problem}")
+    log(f"undisturbed: {len(_files(reference))} files in {seconds:.2f} s")
+    results = []
     for number in range(1, kills + 1):
         moments_s = [rng.uniform(0, seconds) for _ in range(rng.choice((1, 1, 2, 3)))]
-        story = one_kill(source, reference, work / f"killed-{number}", flags, moments_s, group=number % 2 == 0)
-        stories.append(story)
-        log(f"kill {number}: {story}")
-    return stories
+        result = kill_and_convert(source, reference, work / f"killed-{number}", flags, moments_s, group=number % 2 == 0)
+        results.append(result)
+        log(f"kill {number}: {result}")
+    return results
 
 
 def main(arguments: list[str]) -> int:
@@ -183,28 +183,34 @@ def main(arguments: list[str]) -> int:
         else (arguments, [])
     )
     parser = argparse.ArgumentParser(
-        description="Kill conversions; what follows -- goes to `mura-dist shards` as it is.", allow_abbrev=False
+        description="Kill conversions and compare their bytes. Options of `mura-dist shards` follow --.",
+        allow_abbrev=False,
     )
     parser.add_argument("--kills", type=int, default=20, help="conversions to kill (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the moments (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (%(default)s)")
     parser.add_argument("--source", type=Path, help="a folder in MURA's layout; without it, phantoms are drawn")
     parser.add_argument("--studies", type=int, default=300, help="phantoms: studies (%(default)s)")
-    parser.add_argument("--keep", type=Path, help="work in this folder, and leave all there (needs to be empty)")
+    parser.add_argument("--keep", type=Path, help="work in this folder and do not delete it (must be empty)")
     options = parser.parse_args(arguments)
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):
-        parser.error(f"--keep {options.keep} is not empty; name a new folder")
+        parser.error(f"--keep {options.keep} is not empty. Name a new folder.")
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch) if options.keep is None else options.keep
         work.mkdir(parents=True, exist_ok=True)
-        source = options.source or drawn(work / "phantoms", options.studies)
-        stories = kill_often(source, work, flags, kills=options.kills, seed=options.seed)
-    bad = sum(bool(story.problems) for story in stories)
-    at_work = sum(len(story.moments_s) - story.finished for story in stories)
-    print(f"{len(stories)} conversions, killed {at_work} times at work: {len(stories) - bad} the same bytes, {bad} not")
-    return 1 if bad else 0
+        source = options.source or draw_phantoms(work / "phantoms", options.studies)
+        results = kill_often(source, work, flags, kills=options.kills, seed=options.seed)
+    num_different = sum(bool(result.problems) for result in results)
+    num_same, num_kills = (
+        len(results) - num_different,
+        sum(len(result.moments_s) - result.finished for result in results),
+    )
+    print(
+        f"{len(results)} conversions, killed {num_kills} times at work: {num_same} the same bytes, {num_different} not"
+    )
+    return 1 if num_different else 0
 
 
-def drawn(folder: Path, studies: int) -> Path:
+def draw_phantoms(folder: Path, studies: int) -> Path:
     subprocess.run([str(MURA_DIST), "phantoms", str(folder), "--studies", str(studies), "--quiet"], check=True)
     return folder
 

@@ -1,15 +1,15 @@
-"""`kill -9` of ranks and launchers of a shared conversion or prediction, and second starts: the bytes stay the same.
+"""Kill ranks or launchers of a conversion or prediction on several ranks, or start it twice, and compare the bytes.
 
 python tools/robustness/kill_ranks.py conversion|prediction [--trials 10] [--ranks 2] [--seed S] [--studies N] [--keep DIR]
 
-    phantoms (and a model) -> the command under torchrun, undisturbed, timed -> trials: a fresh folder, disturbed, compared
+    phantoms (and a model) -> the command under torchrun, undisturbed, timed -> trials: a new folder, disturbed, compared
 
-Trials take turns: SIGKILL for rank 0, rank 1, ..., for torchrun alone, for all of them, or a second start of the same command.
-Moments are uniform over the time in which the undisturbed command had its plan on disk. After a kill the same command starts at
-once: it has to wait for the ranks that are left. Of two starts one ends with status 0, the other with 0 or refused.
+Trials take turns: SIGKILL for rank 0, rank 1, ..., torchrun alone, all processes, or a second start of the same command. Moments
+are uniform over the time after the undisturbed command wrote its plan. After a kill the same command starts at once, and must
+wait for the remaining ranks. Of two starts, one exits with status 0. The second exits with 0 or is refused.
 
-Compared are all files of a conversion but conversion.json, and the tables of a prediction. Exit status: 0 all the same; 1 a
-difference, a surviving process or a command that failed.
+All files of a conversion except conversion.json are compared, and the tables of a prediction. Exit status: 0 all equal; 1 a
+difference, a surviving process or a failed command.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 LIMIT_S = 600.0  # one command to its end
-GONE_S = 20.0  # how long ranks may need to leave after their launcher
-TRIAL = "KILL_RANKS_TRIAL"  # in the environment of all that a trial starts
+GONE_S = 20.0  # time limit for ranks to exit after their launcher
+TRIAL = "KILL_RANKS_TRIAL"  # environment variable of all processes of a trial
 TABLES = ("predictions.csv", "studies.csv", "failures.csv")
 
 
 @dataclass(frozen=True)
 class Work:
-    """The command under trial, but for its output folder; its plan; which files are compared: `only`, or all but `but`."""
+    """The command under trial without its output folder, its plan, and the files to compare: `only`, or all except `but`."""
 
     arguments: tuple[str, ...]
     out_option: tuple[str, ...]
@@ -54,11 +54,11 @@ class Work:
 
 @dataclass
 class Trial:
-    """One folder's story."""
+    """The disturbance of one folder and the result."""
 
     disturbance: str
     moment_s: float
-    late: bool = False  # the command had ended before its moment came
+    late: bool = False  # the command finished before the disturbance
     statuses: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -70,7 +70,7 @@ class Trial:
 
 
 def start(work: Work, out: Path, ranks: int) -> subprocess.Popen[bytes]:
-    """Start the command in a session of its own; what it says goes to a log beside `out`."""
+    """Start the command in a new session. Its output goes to a log beside `out`."""
     with open(out.with_suffix(".log"), "ab") as log:
         return subprocess.Popen(
             work.command(out, ranks),
@@ -82,7 +82,7 @@ def start(work: Work, out: Path, ranks: int) -> subprocess.Popen[bytes]:
 
 
 def processes(out: Path) -> Iterator[tuple[int, dict[bytes, bytes]]]:
-    """The living processes of a trial, with their environment."""
+    """Yield the living processes of a trial, with their environment."""
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
             if (path / "stat").read_text().rpartition(")")[2].split()[0] in "ZX":
@@ -94,18 +94,23 @@ def processes(out: Path) -> Iterator[tuple[int, dict[bytes, bytes]]]:
 
 
 def victims(disturbance: str, launcher: int, out: Path) -> list[int]:
-    """The processes to kill; a rank that is not there yet has its launcher killed for it."""
+    """Return the processes to kill. If the rank has not started, return its launcher."""
     ranks: dict[str, list[int]] = {}
     for process, environment in processes(out):
         ranks.setdefault(environment.get(b"RANK", b"").decode(), []).append(process)
     if disturbance == "all":
-        return [launcher, *(process for number, some in ranks.items() if number for process in some)]
-    some = ranks.get(disturbance.removeprefix("rank "), [])
-    return [min(some)] if disturbance.startswith("rank ") and some else [launcher]  # a rank is older than its workers
+        return [
+            launcher,
+            *(process for number, processes_of_rank in ranks.items() if number for process in processes_of_rank),
+        ]
+    processes_of_rank = ranks.get(disturbance.removeprefix("rank "), [])
+    return (
+        [min(processes_of_rank)] if disturbance.startswith("rank ") and processes_of_rank else [launcher]
+    )  # a rank is older than its workers
 
 
 def survivors(out: Path) -> str:
-    """ "", once no process of the trial lives. What is still there after GONE_S is named, then ended."""
+    """Return "" once no process of the trial lives. After GONE_S, kill the others and return a problem."""
     end = time.monotonic() + GONE_S
     while alive := [process for process, _ in processes(out)]:
         if time.monotonic() > end:
@@ -123,7 +128,7 @@ def wait_for_plan(work: Work, out: Path, command: subprocess.Popen[bytes]) -> No
 
 
 def attempt(work: Work, reference: Path, out: Path, ranks: int, trial: Trial) -> None:
-    """Disturb a command, bring its work to an end, compare. `trial` hears of it."""
+    """Disturb a command, finish its output, compare, and record the result in `trial`."""
     first = start(work, out, ranks)
     wait_for_plan(work, out, first)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -135,7 +140,7 @@ def attempt(work: Work, reference: Path, out: Path, ranks: int, trial: Trial) ->
                 os.kill(process, signal.SIGKILL)
     second = start(work, out, ranks)
     trial.statuses = [command.wait(LIMIT_S) for command in (first, second)]
-    allowed = {0, 1} if trial.disturbance == "second start" else {0}  # torchrun makes 1 of every failure
+    allowed = {0, 1} if trial.disturbance == "second start" else {0}  # torchrun exits with 1 after every failure
     if trial.statuses[1] not in allowed or (trial.disturbance == "second start" and 0 not in trial.statuses):
         message = out.with_suffix(".log").read_text(errors="replace").strip().splitlines()
         trial.problems.append(f"failed: {' | '.join(message[-3:])}")
@@ -166,15 +171,15 @@ def prepare(what: str, folder: Path, studies: int) -> Work:
 
 
 def attempt_often(work: Work, folder: Path, *, ranks: int, num_trials: int, seed: int) -> list[Trial]:
-    """The command undisturbed, then disturbed `num_trials` times. Each trial is printed as it ends."""
-    rng, reference = random.Random(seed), folder / "whole"
+    """Run the command undisturbed, then run `num_trials` trials. Print each trial as it ends."""
+    rng, reference = random.Random(seed), folder / "reference"
     command = start(work, reference, ranks)
     wait_for_plan(work, reference, command)
-    began = time.monotonic()
+    started = time.monotonic()
     if status := command.wait(LIMIT_S):
         message = reference.with_suffix(".log").read_text(errors="replace").strip().splitlines()
-        raise SystemExit(f"the command that nobody disturbed ended with status {status}: {message[-1:]}")
-    seconds = time.monotonic() - began
+        raise SystemExit(f"the undisturbed command exited with status {status}: {message[-1:]}")
+    seconds = time.monotonic() - started
     print(f"undisturbed: {len(work.contents(reference))} files in {seconds:.2f} s after the plan", flush=True)
     kinds = [*(f"rank {rank}" for rank in range(ranks)), "torchrun", "all", "second start"]
     trials = []
@@ -191,23 +196,23 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("what", choices=("conversion", "prediction"))
     parser.add_argument("--trials", type=int, default=10, help="folders to disturb (%(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="ranks under torchrun (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the moments (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (%(default)s)")
     parser.add_argument("--studies", type=int, default=1500, help="phantoms: studies (%(default)s)")
-    parser.add_argument("--keep", type=Path, help="work in this folder, and leave all there (needs to be empty)")
+    parser.add_argument("--keep", type=Path, help="work in this folder and do not delete it (must be empty)")
     options = parser.parse_args(arguments)
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):
-        parser.error(f"--keep {options.keep} is not empty; name a new folder")
+        parser.error(f"--keep {options.keep} is not empty. Name a new folder.")
     with tempfile.TemporaryDirectory() as scratch:
         folder = (Path(scratch) if options.keep is None else options.keep).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         work = prepare(options.what, folder, options.studies)
         trials = attempt_often(work, folder, ranks=options.ranks, num_trials=options.trials, seed=options.seed)
-    bad, late = sum(bool(trial.problems) for trial in trials), sum(trial.late for trial in trials)
+    num_different, late = sum(bool(trial.problems) for trial in trials), sum(trial.late for trial in trials)
     print(
         f"{len(trials)} {options.what}s of {options.ranks} ranks, {len(trials) - late} disturbed at work: "
-        f"{len(trials) - bad} the same bytes, {bad} not"
+        f"{len(trials) - num_different} the same bytes, {num_different} not"
     )
-    return 1 if bad else 0
+    return 1 if num_different else 0
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""Commands on a full disk, with few open files, little memory or shared memory, under a clock that jumps: done, or one line.
+"""Run commands with a full disk, few open files, little memory or shared memory, or a clock that jumps.
 
 python tools/robustness/scarce_resources.py [--seed S] [--keep DIR] [CASE ...] [COMMAND ...]
 
-    phantoms -> shards (64 px) -> a run of a tiny network, exported, evaluated -> each command whole
-        -> for each case: the command under the limit; unless it was done, the same command again without it; compared
+    phantoms -> shards (64 px) -> a run of a tiny network, exported, evaluated -> each command undisturbed
+        -> for each case: the command under the limit; if it fails, the same command again without the limit; compared
 
-    disk-10, disk-40, disk-80   the output is a disk with space for so many percent of what the command writes (root)
-    files-20, files-40          so many open files in each process
+    disk-10, disk-40, disk-80   a disk with space for 10, 40 or 80 % of what the command writes (root)
+    files-20, files-40          20 or 40 open files in each process
     memory                      1 GB of address space in each process; 4 GB for the commands that load torch
     shm                         1 MiB of /dev/shm (root)
     clock                       a wall clock that jumps by hours and years, forwards and backwards (cc, Linux)
 
-A case that this machine or this user cannot have is skipped, and a line says so. A trial holds if the command ends within 5
-minutes: with status 0 and the files of an undisturbed one; or with status 1, 2 or 3, at most 5 lines on stderr and no
-traceback, and then with status 0 and the same files without the limit. Compared are names and bytes, as in kill_commands.py,
-but for conversion.json, which says when and how. Each process computes with one thread. Exit status: 0 all hold; 1 one does not.
+A case that this machine or this user does not support is skipped with a line of output. A trial passes if the command exits
+within 5 minutes with status 0 and the files of an undisturbed one. It also passes if the command exits with status 1, 2 or 3, at
+most 5 lines on stderr and no traceback, and then succeeds with the same files without the limit.
+
+Names and bytes are compared as in kill_commands.py, except conversion.json, which has times and settings. Each process computes
+with one thread. Exit status: 0 all trials pass; 1 a trial fails.
 """
 
 import argparse
@@ -42,12 +44,12 @@ MEMORY_KIB = {"shards": 1_000_000, "predict": 1_000_000, "score": 1_000_000}  # 
 TORCH_MEMORY_KIB = 4_000_000
 PAGE_BYTES = 4096  # a tmpfs counts pages
 LIMIT_S = 300.0  # one command to its end
-MAX_LINES = 5  # of stderr, of a command that is not done
+MAX_LINES = 5  # of stderr of a failed command
 
 
 @dataclass(frozen=True)
 class End:
-    """The end of a command: its exit status (None: ended after LIMIT_S), its stderr, processes that outlived it."""
+    """The result of a command: its exit status (None: killed after LIMIT_S), its stderr, processes that outlived it."""
 
     status: int | None
     stderr: str
@@ -55,23 +57,24 @@ class End:
 
     @property
     def done(self) -> bool:
+        """Whether the command succeeded and no process outlived it."""
         return self.status == 0 and not self.survivors
 
     @property
     def fault(self) -> str:
-        """What breaks the law, or ""."""
+        """The rule that the command broke, or ""."""
         lines = self.stderr.strip().splitlines()
         if self.status is None:
-            return f"did not end within {LIMIT_S:.0f} s"
+            return f"did not exit within {LIMIT_S:.0f} s"
         if self.status not in (0, 1, 2, 3):
-            return f"ended with status {self.status}: {' | '.join(lines[-2:])}"
+            return f"exited with status {self.status}: {' | '.join(lines[-2:])}"
         if self.status and ("Traceback" in self.stderr or not 1 <= len(lines) <= MAX_LINES):
             return f"status {self.status}, {len(lines)} lines on stderr: {' | '.join(lines[-2:])}"
         return self.survivors
 
 
 def prepare(folder: Path) -> None:
-    """Write what the commands read: phantoms, shards, the run, the run exported and evaluated."""
+    """Write the commands' inputs: phantoms, shards, the run, the run exported and evaluated."""
     run("phantoms", folder / "phantoms", "--studies", 24)
     run("shards", folder / "phantoms", folder / "shards", "--size", 64)
     run("train", f"shards={folder / 'shards'}", f"run={folder / 'run'}", *TINY)
@@ -80,8 +83,8 @@ def prepare(folder: Path) -> None:
     run("export", folder / "evaluated", "--out", folder / "model.onnx")
 
 
-def words_of(command: str, folder: Path) -> list[str]:
-    """Return a command's words. It writes below `out`, into a copy of the run if it writes into one."""
+def command_line(command: str, folder: Path) -> list[str]:
+    """Return the arguments of a command. It writes below `out`, into a copy of the run if it writes into one."""
     out, shards, studies = folder / "out", folder / "shards", folder / "evaluated/studies.csv"
     arguments: dict[str, tuple[object, ...]] = {
         "shards": (folder / "phantoms", out / "shards", "--size", 64),
@@ -94,14 +97,14 @@ def words_of(command: str, folder: Path) -> list[str]:
     return [str(MURA_DIST), command, *map(str, arguments[command]), "--quiet"]
 
 
-def fill(command: str, folder: Path) -> None:
-    """Copy into the empty `out` what the command expects there."""
+def copy_inputs(command: str, folder: Path) -> None:
+    """Copy the run into the empty `out` if the command writes into one."""
     if command in ("evaluate", "export"):
         shutil.copytree(folder / "run", folder / "out/run")
 
 
 def finish(arguments: Sequence[str], environment: Mapping[str, str]) -> End:
-    """Run a command to its end, or end it after LIMIT_S."""
+    """Run a command to its end, or kill it after LIMIT_S."""
     with tempfile.TemporaryFile("w+", errors="replace") as stderr:
         with subprocess.Popen(
             arguments, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True, env=os.environ | environment
@@ -117,7 +120,7 @@ def finish(arguments: Sequence[str], environment: Mapping[str, str]) -> End:
 
 
 def limited(case: str, command: str, arguments: Sequence[str]) -> list[str]:
-    """Return the words of a command under a case's limit; a disk's and a clock's limits are not in the words."""
+    """Return the arguments of a command under a case's limit. The limits of disk and clock are not in the arguments."""
     kind, _, number = case.partition("-")
     limit = {
         "files": f"ulimit -n {number}",
@@ -131,14 +134,14 @@ def limited(case: str, command: str, arguments: Sequence[str]) -> list[str]:
 
 
 def size_bytes(out: Path) -> int:
-    """Return what the files below `out` take on a tmpfs."""
+    """Return the bytes that the files below `out` need on a tmpfs."""
     sizes = (path.stat().st_size for path in out.rglob("*") if path.is_file())
     return sum(-(-size // PAGE_BYTES) * PAGE_BYTES for size in sizes)
 
 
 @contextlib.contextmanager
-def output(out: Path, *, disk: bool) -> Iterator[None]:
-    """Make an empty `out`, on a disk of its own or not, and delete it in the end."""
+def output_folder(out: Path, *, disk: bool) -> Iterator[None]:
+    """Create an empty `out`, on a new tmpfs if `disk`, and delete it at the end."""
     out.mkdir()
     if disk:
         mount("-t", "tmpfs", "tmpfs", out)
@@ -151,10 +154,12 @@ def output(out: Path, *, disk: bool) -> Iterator[None]:
 
 
 def mount(*arguments: object) -> None:
+    """Run mount with these arguments."""
     subprocess.run(["mount", *map(str, arguments)], check=True)
 
 
-def compared(out: Path) -> dict[str, Any]:
+def read_output(out: Path) -> dict[str, Any]:
+    """Return the content of each file of the output by name, None for conversion.json."""
     return {name: None if Path(name).name == NOT_COMPARED else content for name, content in contents(out)}
 
 
@@ -168,7 +173,7 @@ def differences(reference: Mapping[str, Any], after: Mapping[str, Any]) -> list[
 
 
 class Trials:
-    """The trials of one folder. `counts` has the outcomes: done, refused, and wrong ones."""
+    """The trials of one folder. `counts` has the number of outcomes: done, refused, wrong."""
 
     def __init__(self, folder: Path, clock: Path | None, rng: random.Random) -> None:
         self.folder, self.clock, self.rng = folder, clock, rng
@@ -177,25 +182,25 @@ class Trials:
     def compare_all(self, command: str, cases: Sequence[str]) -> None:
         """Run a command undisturbed, then under each case."""
         out = self.folder / "out"
-        with output(out, disk=False):
-            fill(command, self.folder)
+        with output_folder(out, disk=False):
+            copy_inputs(command, self.folder)
             before = size_bytes(out)
-            end = finish(words_of(command, self.folder), {})
+            end = finish(command_line(command, self.folder), {})
             if not end.done:
                 last = end.stderr.strip().splitlines()[-1:]
-                raise SystemExit(f"{command}, which nothing limited, ended with status {end.status}: {last}")
-            reference, growth = compared(out), size_bytes(out) - before
+                raise SystemExit(f"{command} without a limit exited with status {end.status}: {last}")
+            reference, growth = read_output(out), size_bytes(out) - before
         for case in cases:
-            with output(out, disk=case.startswith("disk")):
-                fill(command, self.folder)
+            with output_folder(out, disk=case.startswith("disk")):
+                copy_inputs(command, self.folder)
                 if case.startswith("disk"):
                     share = int(case.removeprefix("disk-")) / 100
                     mount("-o", f"remount,size={before + max(PAGE_BYTES, int(share * growth))}", out)
                 self.compare(case, command, reference)
 
     def compare(self, case: str, command: str, reference: Mapping[str, Any]) -> None:
-        """Run a command under a limit, then without it unless it was done; print what breaks the law."""
-        arguments, out = words_of(command, self.folder), self.folder / "out"
+        """Run a command under a limit, again without it if it failed, and print the result."""
+        arguments, out = command_line(command, self.folder), self.folder / "out"
         end = finish(limited(case, command, arguments), self.environment(case))
         faults = [end.fault]
         if not end.done:
@@ -204,7 +209,7 @@ class Trials:
             again = finish(arguments, {})
             if not again.done:
                 faults.append(f"again, without the limit: {again.fault or f'status {again.status}: {again.stderr}'}")
-        faults += differences(reference, compared(out))
+        faults += differences(reference, read_output(out))
         outcome = "; ".join(filter(None, faults))
         self.counts["wrong" if outcome else "done" if end.done else "refused"] += 1
         last = (end.stderr.strip().splitlines() or [""])[-1]
@@ -212,13 +217,14 @@ class Trials:
         print(f"{case} {command}: status {end.status}: {verdict}", flush=True)
 
     def environment(self, case: str) -> dict[str, str]:
+        """Return the environment variables of a case."""
         if case != "clock":
             return {}
         return {"LD_PRELOAD": str(self.clock), "CLOCK_JUMPS_SEED": str(self.rng.randrange(2**31))}
 
 
 def compile_clock(folder: Path) -> Path | None:
-    """Compile the clock that jumps; None where that cannot be."""
+    """Compile the library of the jumping clock. Return None without a compiler or Linux."""
     compiler, library = shutil.which("cc"), folder / "clock_jumps.so"
     if compiler is None or not sys.platform.startswith("linux"):
         return None
@@ -227,7 +233,7 @@ def compile_clock(folder: Path) -> Path | None:
 
 
 def obstacle(case: str, clock: Path | None) -> str:
-    """Return why this machine or user cannot have a case, or ""."""
+    """Return why this machine or user does not support a case, or ""."""
     if case == "clock":
         return "" if clock is not None else "needs Linux and a C compiler (cc)"
     if case == "shm" or case.startswith("disk"):
@@ -241,13 +247,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"cases ({', '.join(CASES)}) and commands ({', '.join(COMMANDS)}); all"
     )
-    parser.add_argument("--seed", type=int, default=0, help="draws the clock's jumps (%(default)s)")
-    parser.add_argument("--keep", type=Path, help="work in this folder, and leave the inputs there (needs to be empty)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the clock's jumps (%(default)s)")
+    parser.add_argument("--keep", type=Path, help="work in this folder and do not delete the inputs (must be empty)")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.names if name not in CASES + COMMANDS]:
-        parser.error(f"{unknown[0]}: name some of {', '.join(CASES + COMMANDS)}")
+        parser.error(f"{unknown[0]}: unknown. Name some of {', '.join(CASES + COMMANDS)}")
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):
-        parser.error(f"--keep {options.keep} is not empty; name a new folder")
+        parser.error(f"--keep {options.keep} is not empty. Name a new folder.")
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
         folder = (Path(scratch) if options.keep is None else options.keep).absolute()
@@ -264,9 +270,9 @@ def main(arguments: Sequence[str]) -> int:
         for command in [name for name in COMMANDS if name in options.names] or COMMANDS:
             trials.compare_all(command, cases)
     counts = trials.counts
-    holding = counts["done"] + counts["refused"]
+    num_passed = counts["done"] + counts["refused"]
     print(f"{counts['done']} done under the limit, {counts['refused']} refused and done without it")
-    print(f"{counts.total()} trials: {holding} hold, {counts['wrong']} not")
+    print(f"{counts.total()} trials: {num_passed} pass, {counts['wrong']} fail")
     return 1 if counts["wrong"] else 0
 
 

@@ -1,11 +1,11 @@
-"""Run the steps of launch/Containerfile without a container engine: in a folder that holds an unpacked system, as root.
+"""Run the steps of launch/Containerfile without a container engine, as root in a folder with an unpacked system.
 
     debootstrap --variant=minbase --include=python3,python3-venv bookworm ROOT
     python tools/robustness/try_containerfile.py ROOT [--bind PATH ...] [--env NAME=VALUE ...] [-- WORDS ...]
 
-FROM is what ROOT holds already; RUN, COPY, WORKDIR, USER, ENV are done in it, by chroot with processes and mounts of its own;
-then ENTRYPOINT runs with each of the WORDS (one command line a word; without any: CMD). --bind: what an install needs of this
-machine, such as /etc/pip.conf, mounted at the same place; --env: what it needs to know. ROOT is changed and stays: delete it.
+ROOT contains the system of FROM. RUN, COPY, WORKDIR, USER and ENV run in it by chroot, in new namespaces of processes and mounts.
+Then ENTRYPOINT runs with each of the WORDS, one command line per word, or with CMD if there is none. --bind mounts a file of this
+machine, such as /etc/pip.conf, at the same path. --env sets a variable for RUN. The tool changes ROOT and does not delete it.
 """
 
 import argparse
@@ -28,12 +28,12 @@ mount --rbind /dev "$root/dev"
 while [ "$1" != -- ]; do mount --rbind "$1" "$root$1"; shift; done
 shift
 exec chroot --userspec="$owner" "$root" "$@"
-"""  # in mounts of its own: they go with it
+"""  # in a new mount namespace, which disappears with the process
 
 
 @dataclass
 class Container:
-    """What the steps so far have made."""
+    """The state of the container after the steps so far."""
 
     root: Path
     binds: list[Path]
@@ -44,15 +44,19 @@ class Container:
     entrypoint: list[str] = field(default_factory=list)
     cmd: list[str] = field(default_factory=list)
 
-    def do(self, word: str, rest: str) -> None:
-        """One instruction. Raises ValueError for one that launch/Containerfile has no need of."""
+    def execute(self, word: str, rest: str) -> None:
+        """Run an instruction.
+
+        Raises:
+            ValueError: launch/Containerfile does not use this instruction.
+        """
         if word == "RUN":
             self.run(["/bin/sh", "-c", rest], self.build_env)
         elif word == "COPY":
             self.copy(shlex.split(rest))
         elif word == "WORKDIR":
             self.workdir = rest
-            self.inside(rest).mkdir(parents=True, exist_ok=True)
+            self.host_path(rest).mkdir(parents=True, exist_ok=True)
         elif word == "USER":
             self.user = rest
         elif word == "ENV":
@@ -63,19 +67,20 @@ class Container:
         elif word == "CMD":
             self.cmd = json.loads(rest)
         elif word != "FROM":
-            raise ValueError(f"{word}: not an instruction this tool knows")
+            raise ValueError(f"unknown instruction: {word}. Add it to Container.execute.")
 
-    def inside(self, path: str) -> Path:
-        """A place of the container, from outside."""
+    def host_path(self, path: str) -> Path:
+        """Return the path on the host of a path in the container."""
         return self.root / (Path(self.workdir) / path).relative_to("/")
 
     def account(self) -> tuple[str, str, str]:
-        """(user id, group id, home) of the user."""
+        """Return (user id, group id, home) of the user."""
         lines = (self.root / "etc/passwd").read_text().splitlines()
         fields = next(line.split(":") for line in lines if line.split(":")[0] == self.user)
         return fields[2], fields[3], fields[5]
 
     def run(self, command: list[str], extra: dict[str, str]) -> None:
+        """Run a command in the container with additional environment variables."""
         number, group, home = self.account()
         for bind in self.binds:
             target = self.root / bind.relative_to("/")
@@ -83,18 +88,20 @@ class Container:
             target.mkdir(exist_ok=True) if bind.is_dir() else target.touch()
         env = [f"{name}={value}" for name, value in ({"HOME": home} | self.env | extra).items()]
         shell = ["env", "-i", *env, "sh", "-c", 'cd "$0" && exec "$@"', self.workdir, *command]
-        own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", _INSIDE, "sh"]
-        subprocess.run([*own, str(self.root), f"{number}:{group}", *map(str, self.binds), "--", *shell], check=True)
+        namespace_command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", _INSIDE, "sh"]
+        subprocess.run(
+            [*namespace_command, str(self.root), f"{number}:{group}", *map(str, self.binds), "--", *shell], check=True
+        )
 
     def copy(self, arguments: list[str]) -> None:
-        """COPY [--chown=...] SOURCE ... TARGET, of what the ignore file lets in."""
+        """Run COPY [--chown=...] SOURCE ... TARGET, for the files that the ignore file allows."""
         *sources, target = [word for word in arguments if not word.startswith("--")]
         for source in sources:
             if source != "." and (ROOT / source).is_dir():
-                raise ValueError(f"COPY {source}: of folders this tool copies . alone")
+                raise ValueError(f"cannot copy a folder other than `.`: COPY {source}")
             for path in sorted(files_of(source)):
                 name = path.relative_to(ROOT if source == "." else (ROOT / source).parent)
-                destination = self.inside(target) / name
+                destination = self.host_path(target) / name
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, destination)
         if owner := next((word.partition("=")[2] for word in arguments if word.startswith("--chown=")), ""):
@@ -102,7 +109,7 @@ class Container:
 
 
 def files_of(source: str) -> set[Path]:
-    """The files of a source that go into an image: those below what launch/Containerfile.dockerignore names with a !."""
+    """Return the files of a source below the paths that launch/Containerfile.dockerignore allows with a `!`."""
     lines = FILE.with_name(FILE.name + ".dockerignore").read_text().splitlines()
     allowed = [ROOT / line[1:] for line in lines if line.startswith("!")]
     results = {
@@ -116,7 +123,7 @@ def files_of(source: str) -> set[Path]:
 
 
 def steps(text: str) -> list[tuple[str, str]]:
-    """(instruction, its words), comments left out, lines that end in a backslash joined."""
+    """Return (instruction, arguments) of each step, without comments, with continued lines joined."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     container_env = "\n".join(lines).replace("\\\n", " ")
     return [
@@ -125,18 +132,19 @@ def steps(text: str) -> list[tuple[str, str]]:
 
 
 def main(arguments: list[str]) -> int:
-    at = arguments.index("--") if "--" in arguments else len(arguments)
+    """Run the steps, then the entry point with each command line."""
+    separator = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("--bind", type=Path, action="append", default=[])
     parser.add_argument("--env", action="append", default=[])
-    options = parser.parse_args(arguments[:at])
-    binds = [Path("/etc/resolv.conf"), Path("/etc/hosts"), *options.bind]  # an engine gives a container both
+    options = parser.parse_args(arguments[:separator])
+    binds = [Path("/etc/resolv.conf"), Path("/etc/hosts"), *options.bind]  # an engine provides both
     container = Container(options.root.resolve(), binds, dict(each.split("=", 1) for each in options.env))
     for word, rest in steps(FILE.read_text()):
         print(f"== {word} {rest}", flush=True)
-        container.do(word, rest)
-    for line in arguments[at + 1 :] or [shlex.join(container.cmd)]:
+        container.execute(word, rest)
+    for line in arguments[separator + 1 :] or [shlex.join(container.cmd)]:
         print(f"== {shlex.join(container.entrypoint)} {line}", flush=True)
         container.run([*container.entrypoint, *shlex.split(line)], {})
     return 0
