@@ -1,4 +1,4 @@
-"""Processes that are the ranks of one world, each with a real Engine; they do as they are told, all at once.
+"""Run the ranks of one world as processes with an Engine each, and time their turns.
 
     Fleet(job, ranks) -> play("step") -> Turn: from the first rank's start to the last one's end, what each did inside
     step    a step of the engine         alone  the same step, nothing sent   together  4 bytes instead of each all-reduce
@@ -109,7 +109,7 @@ class Fleet:
         return Turn(max(ends) - min(starts), list(micros), own, sent)
 
     def _answers(self) -> list[Any]:
-        """By rank. Whoever ends first is named, while the others may still wait for it."""
+        """Return the answers by rank. Raise RunError with the first rank that exits."""
         answers: dict[int, Any] = {}
         while len(answers) < self.ranks:
             waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
@@ -226,7 +226,7 @@ class _Player:
             del self.engine._engine.allreduce_gradients
 
     def together(self) -> None:
-        """Ranks wait for each other where a step does, and hardly send."""
+        """Take a step in which each all-reduce sends 4 bytes, so that ranks wait for each other and hardly send."""
         with _instead(lambda real, *args, **kwargs: self._noted(real, self.scalar)):
             self._step()
 
@@ -244,7 +244,7 @@ class _Player:
         return work
 
     def _timed(self) -> Iterator[Any]:
-        """The micro-batches; notes how long each took from when it was given until the next was asked for."""
+        """Yield the micro-batches and record the seconds between one and the next."""
         for batch in self.batches:
             started = time.monotonic()
             yield batch
@@ -274,7 +274,7 @@ def _all_reduce(vector: Any) -> None:
 
 
 def _batch(job: Job, world: Any, index: int) -> Any:
-    """Noise: pixels do not change how long a convolution takes."""
+    """Return a batch of noise. The pixels do not affect the time of a convolution."""
     import torch
 
     from mura_dist.data.loaders.loader import Batch

@@ -41,7 +41,7 @@ def enter(space: str) -> None:
 
 
 def lacking() -> str:
-    """Why there can be no namespaces here, and what to do; empty where there can."""
+    """Return why this machine cannot create namespaces and the remedy, or an empty text."""
     missing = [name for name in ("ip", "tc") if shutil.which(name) is None]
     if missing:
         return f"{' and '.join(missing)} not found; install iproute2, or leave the networks out with --network none"
@@ -112,7 +112,7 @@ class Spaces:
                 _run("ip", "netns", "delete", space)
 
     def limit(self, network: Network) -> None:
-        """To its rate, from now on."""
+        """Limit each rank's link to the rate of a network."""
         for space in self.names:
             with contextlib.suppress(RunError):  # there may be no limit yet
                 _run("tc", "-n", space, "qdisc", "delete", "dev", DEVICE, "root")
@@ -123,7 +123,7 @@ class Spaces:
                 _run("tc", "-n", space, "qdisc", "add", "dev", DEVICE, "root", "tbf", *arguments)
 
     def sent_bytes(self) -> list[int]:
-        """By rank: what the kernel counts as sent so far, headers and all."""
+        """Return by rank the bytes that the kernel has sent, with headers."""
         path = f"/sys/class/net/{DEVICE}/statistics/tx_bytes"
         return [int(_run("ip", "netns", "exec", space, "cat", path)) for space in self.names]
 
@@ -136,6 +136,6 @@ def _run(*arguments: str) -> str:
 
 
 def leftovers() -> list[str]:
-    """Namespaces of ours that are there now."""
+    """Return the existing namespaces of this process."""
     folder = Path("/run/netns")
     return sorted(path.name for path in folder.glob(f"mura{os.getpid()}.*")) if folder.is_dir() else []

@@ -1,8 +1,8 @@
-"""What scaling.py says, to read: the table of a network, the table of the data, what was assumed.
+"""Format the results of scaling.py: a table per network, a table of the data, the assumptions.
 
     epochs of one network (scaling.epoch for 1, 2, 4 ... ranks) -> lines
 
-What could not be had is a row with the reason.
+A row without numbers has the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _STORE = ("ranks", "GB once", "GETs once", "before the first step, s", "$ an epo
 
 
 def table(network: Network, epochs: Sequence[Epoch]) -> list[str]:
-    """Of one network."""
+    """Return the lines of a network's table."""
     return [f"{network} between nodes", *_columns(_HEAD, [_cells(epoch) for epoch in epochs])]
 
 
@@ -72,14 +72,14 @@ def data_tables(data: Data, epochs: Sequence[Epoch]) -> list[str]:
 
 
 def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Right-aligned; a row shorter than the head ends in words."""
+    """Align columns to the right. A row shorter than the head ends in a text."""
     complete_rows = [row for row in rows if len(row) == len(head)]
     widths = [max(len(title), *(len(row[column]) for row in complete_rows), 0) for column, title in enumerate(head)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)) for row in (head, *rows)]
 
 
 def assumptions(trace: Trace, data: Data, where: str) -> list[str]:
-    """What nobody measured, a line each."""
+    """Return the assumptions, one per line."""
     return [
         *trace.assumed,
         where,

@@ -67,7 +67,7 @@ class Trace:
     measured: dict[str, Any] = field(default_factory=dict)  # command, date, hardware, versions, rounds
 
     def share(self, ranks: int) -> float:
-        """How many times as long a rank's work takes where `ranks` share a machine."""
+        """Return the factor on a rank's time when `ranks` share a machine."""
         return 1.0 if self.processors is None else max(1.0, ranks / self.processors)
 
     def vector_bytes(self, ranks: int, micros: int) -> int:
@@ -79,7 +79,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: Path) -> Trace:
-        """UserError where it is none."""
+        """Read a trace. Raise UserError if the file is not one."""
         remedy = "make one with `python tools/scaling/scale.py measure --out FILE`"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -124,11 +124,11 @@ class Network:
         return f"{rate}:{self.latency_s * 1e3:g}ms" if self.latency_s >= 1e-3 else f"{rate}:{self.latency_s * 1e6:g}us"
 
     def framed(self, size: float) -> float:
-        """Bytes on the link for `size` of ours, sent by TCP."""
+        """Return the bytes on the link for `size` bytes of payload by TCP."""
         return size * (self.mtu + _ETHERNET_BYTES) / (self.mtu - _IP_TCP_BYTES)
 
     def wire_s(self, size: float) -> float:
-        """Of `size` bytes of ours."""
+        """Return the seconds on the link for `size` bytes of payload."""
         return 8 * self.framed(size) / self.bandwidth_bit_s
 
 
@@ -200,7 +200,7 @@ class Step:
 
 
 def slowest_s(samples: Sequence[float], ranks: int) -> float:
-    """The median of the slowest of `ranks` draws: the samples' quantile 0.5^(1/ranks); never beyond the slowest seen."""
+    """Return the median of the slowest of `ranks` draws: the samples' quantile 0.5^(1/ranks), at most their maximum."""
     ordered = sorted(samples)
     index = 0.5 ** (1 / ranks) * (len(ordered) - 1)
     low = int(index)
@@ -229,12 +229,12 @@ def _sent_s(trace: Trace, ranks: int, micros: int, where: Network | Cluster) -> 
 
 
 def sent_bytes(trace: Trace, ranks: int, micros: int) -> float:
-    """By a rank in a step, headers not counted: a ring's."""
+    """Return the bytes that a rank of a ring sends in a step, without headers."""
     return 2 * (ranks - 1) / ranks * (trace.gradient_bytes + trace.vector_bytes(ranks, micros))
 
 
 def _near(where: Network | Cluster) -> Network | Cluster:
-    """The same without latency."""
+    """Return the network or cluster without latency."""
     if isinstance(where, Network):
         return replace(where, latency_s=0.0)
     return replace(where, inside=replace(where.inside, latency_s=0.0), between=replace(where.between, latency_s=0.0))
@@ -299,7 +299,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One row of the table. `refused` says why there are no numbers, and what to do."""
+    """One row of the table. `refused` is the reason for missing numbers and the remedy."""
 
     ranks: int
     global_batch: int
@@ -378,7 +378,7 @@ def _refused(batch: int, unit: int, ranks: int, num_train: int) -> str:
 
 
 def _limit(predicted: Step, read_s: float) -> str:
-    """What to buy or to change next: computing, while it is nine tenths of a step; else the largest of the rest."""
+    """Return the limiting resource: computing if it is nine tenths of a step, else the largest of the others."""
     if read_s > predicted.seconds:
         return "reading"
     rest = {"bandwidth": predicted.wire_s, "latency": predicted.latency_s, "slowest rank": predicted.waiting_s}

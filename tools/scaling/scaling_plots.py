@@ -1,8 +1,8 @@
-"""Pictures of scaling: measured against predicted; efficiency and an epoch's time over 1 to 256 GPUs.
+"""Plot measured against predicted steps, and efficiency and time of an epoch over 1 to 256 GPUs.
 
     trials.check -> checked -> PNG        epochs of several networks (scaling.epoch) -> foreseen -> PNG
 
-Points are measured, lines predicted; no picture shows the one for the other.
+Points are measured, lines are predicted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def plot_check(runs: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Left: seconds of a step over ranks, points with whiskers measured, lines predicted. Right: the error of each."""
+    """Plot seconds of a step over ranks (left) and the error of each prediction (right).
+
+    Points with whiskers are measured, lines are predicted.
+    """
     figure, (left_axes, right_axes) = _figure(1, 2, 4.2)
     networks = list(dict.fromkeys(row["network"] for row in runs))
     for color, name in zip(_COLORS, networks, strict=False):
@@ -52,7 +55,7 @@ def plot_check(runs: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def plot_prediction(by_network: dict[str, Sequence[Epoch]], title: str, path: Path) -> None:
-    """Left: efficiency; right: minutes of an epoch; over GPUs, a line a network."""
+    """Plot efficiency (left) and minutes of an epoch (right) over GPUs, a line per network."""
     figure, (left_axes, right_axes) = _figure(1, 2, 4.2)
     for color, (name, epochs) in zip(_COLORS, by_network.items(), strict=False):
         rows = [row for row in epochs if row.step is not None]
@@ -75,7 +78,7 @@ def plot_prediction(by_network: dict[str, Sequence[Epoch]], title: str, path: Pa
 
 
 def _link(name: str) -> str:
-    """In words."""
+    """Return the name of a network for a legend."""
     return "no limit" if name == "none" else name.replace(":", ", ")
 
 
