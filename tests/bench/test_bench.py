@@ -426,7 +426,7 @@ def test_invalid_requests_are_refused(capsys: pytest.CaptureFixture[str], tmp_pa
     whats = "shards, pipeline, encodings, train, ranks, predict"
     laws.refusal(capsys, ["bench", "trian"], "'trian'", "did you mean train?", whats)
     laws.refusal(capsys, ["bench", "shards", "--rounds", 0], "--rounds", "0 is not in the range x>=1")
-    laws.refusal(capsys, ["bench", "shards", "--data", tmp_path / "none"], "none: no such folder", "give the folder")
+    laws.refusal(capsys, ["bench", "shards", "--data", tmp_path / "none"], "none: no such folder", "Give the folder")
     laws.refusal(capsys, ["bench", "shards", "--batch", 0], "--batch", "0 is not in the range x>=1")
     texts = ("--batch 17", "at most the number of radiographs (16)", "Increase --radiographs")
     laws.refusal(capsys, ["bench", "pipeline", "--radiographs", 16, "--batch", 17], *texts)

@@ -491,7 +491,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "no pixels": (lambda: dicom(GRAY, PixelData=None), "unreadable", "its DICOM data is corrupt, truncated"),
     "short pixels": (lambda: dicom(GRAY, PixelData=b"\0" * 1000), "unreadable", "its DICOM data is corrupt, truncated"),
     "no header": (lambda: bytes(128) + b"DICM", "unreadable", "DICOM header is corrupt or truncated"),
-    "nonsense sizes": (lambda: dicom(GRAY, SamplesPerPixel=60000), "unreadable", "60000 samples a pixel"),
+    "nonsense sizes": (lambda: dicom(GRAY, SamplesPerPixel=60000), "unreadable", "60000 samples per pixel"),
 }
 
 

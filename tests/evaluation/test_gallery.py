@@ -592,7 +592,7 @@ def test_evaluate_writes_gallery_and_report_holds_no_radiographs(
         assert study["call"] == studies.at[study["study"], "call"]
     assert main(["evaluate", str(run), str(shard_folder), "--out", str(tmp_path), "--no-gallery"]) == DONE
     assert not [path.name for path in tmp_path.iterdir() if "gallery" in path.name]
-    assert "gallery" not in capsys.readouterr().out
+    assert "gallery.html" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -452,7 +452,7 @@ def test_list_without_onnx_file_is_refused_by_predict(runs: list[Path], phantoms
     path = write_list(runs, tmp_path / "list.json")
     arguments = ["predict", path, phantoms / "valid", "--out", tmp_path / "out"]
     remedy = f"Export it first: mura-dist export {path}"
-    laws.refusal(capsys, arguments, "list.json is a list of checkpoints and", "list.onnx does not exist", remedy)
+    laws.refusal(capsys, arguments, "list.json is a list of checkpoints, and", "list.onnx does not exist", remedy)
     (tmp_path / "list.onnx").write_bytes(onnx.build_onnx(Ensemble([tiny(0), tiny(1)]).eval(), card_of(2)))
     laws.refusal(capsys, arguments, "list.json lists other members than", "list.onnx holds (ensemble of 2", remedy)
 
@@ -462,7 +462,7 @@ def test_other_wrong_arguments_are_refused(list_path: Path, runs: list[Path], sh
     laws.refusal(capsys, ["evaluate", list_path, shard_folder, "--checkpoint", "last"], "--checkpoint last", why)
     laws.refusal(capsys, ["export", list_path, "--checkpoint", "step-6"], "--checkpoint step-6", why)
     laws.refusal(
-        capsys, ["evaluate", list_path, shard_folder, "--out", runs[0]], "seed0 is a run", "give another folder"
+        capsys, ["evaluate", list_path, shard_folder, "--out", runs[0]], "seed0 is a run", "Pass another folder"
     )
     laws.refusal(capsys, ["ensemble", "--out", "list.json"], "RUN", "mura-dist ensemble --help")
 

@@ -270,7 +270,7 @@ def test_export_states_comparison_without_radiographs(copy: Path, halved: Path, 
     (copy / "metrics.json").write_text("[]")  # of another program
     assert main(["export", str(copy)]) == DONE
     captured = capsys.readouterr().out
-    compared = "of torch's on drawn images alone (the run's shards are not where they were; --shards says where)"
+    compared = "of torch's on drawn images only (the run's shards were not found; --shards FOLDER names them)"
     assert any(line.endswith(compared) for line in captured.splitlines()), captured
     assert "no thresholds, so" in captured
 
@@ -348,7 +348,7 @@ def test_unwritable_path_is_refused(option: str, copy: Path, tmp_path: Path, mon
     )
     arguments = locked / "model.onnx" if option == "--out" else locked
     laws.refusal(
-        capsys, ["export", copy, option, arguments], f"{option}: {locked} is not writable", "Give another path"
+        capsys, ["export", copy, option, arguments], f"{option}: {locked} is not writable", "give another path"
     )
 
 
@@ -376,7 +376,7 @@ def test_full_disk_keeps_the_old_file(copy: Path, tmp_path: Path, monkeypatch, c
     assert (copy / "model.onnx").read_bytes() == b"the old one"
 
 
-@pytest.mark.parametrize("moment", ["graph", "parity"])
+@pytest.mark.parametrize("moment", ["build_onnx", "parity"])
 def test_interrupted_export_leaves_no_files(moment: str, copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     def raise_interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
