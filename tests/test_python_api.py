@@ -317,6 +317,8 @@ def test_ranks_split_an_epoch(shard_folder: Path, monkeypatch: pytest.MonkeyPatc
         ({"micro_batch": 10_000}, "micro_batch=10000: a step takes 10000"),
         ({"split": "test"}, "test"),
         ({"workers": -1}, "workers=-1"),
+        ({"pipeline": "opencv"}, "pipeline=opencv: must be one of auto, dali, cpu, resident"),
+        ({"loss_weights": "both"}, "loss_weights=both: must be one of class, study_type, none"),
         ({"rotate_deg": 200}, "rotate_deg=200"),
     ],
 )

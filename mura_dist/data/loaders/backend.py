@@ -8,6 +8,8 @@ import torch
 from mura_dist.core.errors import UserError, install_remedy
 from mura_dist.data.loaders.warp import triton_error
 
+BACKENDS = ("dali", "cpu", "resident")
+
 
 def choose_backend(pipeline: str, device: torch.device) -> tuple[str, str]:
     """Return the backend's name, and the reason for a fallback or "". The device is not used.

@@ -5,7 +5,8 @@
 The order and the augmentation of `train` are those of `mura-dist train`: pure functions of (shards, seed, epoch, step).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import numpy as np
 import torch
@@ -14,14 +15,11 @@ from mura_dist.core.errors import UserError
 from mura_dist.core.storage import StoragePath
 from mura_dist.data.class_weights import LossWeights
 from mura_dist.data.loaders import sampler
-from mura_dist.data.loaders.backend import choose_backend
+from mura_dist.data.loaders.backend import BACKENDS
 from mura_dist.data.loaders.loader import Batch, BatchLoader, RowTargets
 from mura_dist.data.loaders.sampler import MicroBatch
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import environment
-from mura_dist.distributed.processes import num_processors
-
-_AHEAD_PER_WORKER = 4
 
 
 class DataLoader:
@@ -125,6 +123,8 @@ def data_loader(
     Raises:
         UserError: no finished shards, an empty split, fewer radiographs than a batch, or a value out of range.
     """
+    _check_choice("pipeline", pipeline, ("auto", *BACKENDS))
+    _check_choice("loss_weights", loss_weights, get_args(LossWeights))
     opened = Shards.open(shards)
     rows = opened.rows(split)
     if micro_batch < 1:
@@ -143,14 +143,8 @@ def data_loader(
         raise UserError(
             f"micro_batch={micro_batch}: a step takes {global_batch} of {len(rows)} radiographs. Give a smaller one"
         )
-    backend, note = choose_backend(pipeline, device)
-    workers = workers or min(
-        8 if device.type == "cuda" else 4, max(1, num_processors() // environment.local_world_size())
-    )
     targets = RowTargets.from_shards(opened, loss_weights)
-    loader = BatchLoader(
-        opened, targets, device, backend, micro_batch, workers, prefetch=_AHEAD_PER_WORKER * workers, note=note
-    )
+    loader = BatchLoader.for_machine(opened, targets, device, micro_batch, pipeline=pipeline, workers=workers)
     return DataLoader(
         loader,
         rows,
@@ -161,6 +155,11 @@ def data_loader(
         rank=environment.rank(),
         world_size=environment.world_size(),
     )
+
+
+def _check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
+    if choice not in choices:
+        raise UserError(f"{name}={choice}: must be one of {', '.join(choices)}")
 
 
 def _check_position(name: str, number: int) -> int:

@@ -88,31 +88,47 @@ class BatchLoader:
     def from_settings(
         cls, settings: Settings, shards: Shards, targets: RowTargets, device: torch.device
     ) -> "BatchLoader":
-        """Create a loader, and choose by the machine what the settings leave open.
+        """Create the loader of a run; see `for_machine`."""
+        return cls.for_machine(
+            shards,
+            targets,
+            device,
+            settings.micro_batch,
+            pipeline=settings.pipeline,
+            workers=settings.workers,
+            prefetch=settings.prefetch,
+            strict=settings.strict,
+            timeout_s=settings.collective_timeout_s,
+        )
 
-        The backend is DALI on CUDA where it is installed, else OpenCV. The threads are this rank's share of the processors, at
-        most four (eight with a GPU). 64 MiB of micro-batches are prefetched, between two and sixteen per thread.
+    @classmethod
+    def for_machine(
+        cls,
+        shards: Shards,
+        targets: RowTargets,
+        device: torch.device,
+        micro_batch: int,
+        *,
+        pipeline: str = "auto",
+        workers: int = 0,
+        prefetch: int = 0,
+        strict: bool = False,
+        timeout_s: float = math.inf,
+    ) -> "BatchLoader":
+        """Create a loader, and choose by the machine what is left open.
+
+        `auto` is DALI on CUDA where it is installed, else OpenCV. 0 workers are this rank's share of the processors, at most
+        four (eight with a GPU). 0 prefetched micro-batches are 64 MiB of them, between two and sixteen per thread.
 
         Raises:
             UserError: pipeline=dali, but DALI cannot be imported.
         """
-        cuda = device.type == "cuda"
-        backend, note = choose_backend(settings.pipeline, device)
-        workers = settings.workers or min(8 if cuda else 4, max(1, num_processors() // environment.local_world_size()))
-        fitting = _PREFETCHED_BYTES // (settings.micro_batch * shards.size**2)
-        prefetch = settings.prefetch or int(np.clip(fitting, 2 * workers, 16 * workers))
-        return cls(
-            shards,
-            targets,
-            device,
-            backend,
-            settings.micro_batch,
-            workers,
-            prefetch,
-            settings.strict,
-            settings.collective_timeout_s,
-            note,
-        )
+        backend, note = choose_backend(pipeline, device)
+        most = 8 if device.type == "cuda" else 4
+        workers = workers or min(most, max(1, num_processors() // environment.local_world_size()))
+        fitting = _PREFETCHED_BYTES // (micro_batch * shards.size**2)
+        prefetch = prefetch or int(np.clip(fitting, 2 * workers, 16 * workers))
+        return cls(shards, targets, device, backend, micro_batch, workers, prefetch, strict, timeout_s, note)
 
     def load(self, micro_batches: Iterable[MicroBatch]) -> Generator[Batch, None, None]:
         """Yield a Batch for each of `micro_batches`, in order. Closing the iterator ends its threads.
