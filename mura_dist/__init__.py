@@ -9,22 +9,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mura_dist.core.errors import RunError, StopRequestedError, UserError
     from mura_dist.data.loaders.data_loader import DataLoader, data_loader
+    from mura_dist.data.loaders.loader import Batch
     from mura_dist.data.radiograph import read_radiograph
     from mura_dist.evaluation.score import evaluate_predictions
+    from mura_dist.inference.predict import PredictOptions
     from mura_dist.inference.prediction_tables import PredictionTables, predict_directory
-    from mura_dist.inference.study_model import StudyModel, StudyResult, load
+    from mura_dist.inference.study_model import StudyModel, StudyResult, ViewResult, load
     from mura_dist.training.weights import load_network
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Batch": "data.loaders.loader",
     "DataLoader": "data.loaders.data_loader",
+    "PredictOptions": "inference.predict",
     "PredictionTables": "inference.prediction_tables",
     "RunError": "core.errors",
     "StopRequestedError": "core.errors",
     "StudyModel": "inference.study_model",
     "StudyResult": "inference.study_model",
     "UserError": "core.errors",
+    "ViewResult": "inference.study_model",
     "data_loader": "data.loaders.data_loader",
     "evaluate_predictions": "evaluation.score",
     "load": "inference.study_model",
@@ -34,13 +39,16 @@ _HOMES = {
 }
 
 __all__ = [
+    "Batch",
     "DataLoader",
+    "PredictOptions",
     "PredictionTables",
     "RunError",
     "StopRequestedError",
     "StudyModel",
     "StudyResult",
     "UserError",
+    "ViewResult",
     "__version__",
     "data_loader",
     "evaluate_predictions",

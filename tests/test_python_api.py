@@ -327,7 +327,9 @@ def test_invalid_loader_options_are_refused(shard_folder: Path, options: dict[st
         mura_dist.data_loader(shard_folder, **{"device": "cpu", **options})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("state", [{"epoch": -1, "step": 0}, {"epoch": 0, "step": 10_000}, {"epoch": 0, "step": "1"}])
+@pytest.mark.parametrize(
+    "state", [{"epoch": -1, "step": 0}, {"epoch": 0, "step": 10_000}, {"epoch": 0, "step": "1"}, {"epoch": 0}]
+)
 def test_invalid_loader_state_is_refused(shard_folder: Path, state: dict[str, int]) -> None:
     with pytest.raises(UserError, match="data loader"):
         mura_dist.data_loader(shard_folder, micro_batch=8, device="cpu").load_state_dict(state)

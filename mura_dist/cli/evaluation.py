@@ -97,7 +97,7 @@ def evaluate(
     if split not in mura.SPLITS:
         raise UserError(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid.")
     if prevalence is not None and not 0 < prevalence < 1:
-        raise UserError(f"--prevalence {prevalence:g}: must be between 0 and 1. Omit it to use the split's own")
+        raise UserError(f"--prevalence {prevalence:g}: must be between 0 and 1. Omit it to use the split's own.")
     if provider != "cpu" and target.kind != "onnx":
         raise UserError(
             f"--provider {provider}: only ONNX files have providers, and {path} is not one. Omit --provider."

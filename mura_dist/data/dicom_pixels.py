@@ -148,7 +148,7 @@ def _planar(header: Header, samples: int) -> int:
 
 
 def _is_ybr(values: np.ndarray) -> bool:
-    """Return whether untransformed colors, uint8 (H, W, 3), are YBR as labelled, or RGB, which is more frequent.
+    """Return whether untransformed colors, uint8 (H, W, 3), are YBR as labeled, or RGB, which is more frequent.
 
     Radiographs are gray: in YBR the chroma is near 128, in RGB all channels are nearly equal.
 

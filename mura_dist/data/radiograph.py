@@ -80,12 +80,12 @@ def read_radiograph(source: Source, size: int = 320) -> np.ndarray:
         UserError: no readable radiograph, or a size below 1.
     """
     if size < 1:
-        raise UserError(f"size={size}: must be at least 1. Give the pixels of a side, such as 320")
+        raise UserError(f"size={size}: must be at least 1. Give the pixels of a side, such as 320.")
     try:
         return read(source, size)
     except UnreadableFileError as error:
         name = source if isinstance(source, Path | str) else "the file"
-        raise UserError(f"{name}: {error.reason}. Give a radiograph as PNG, JPEG, TIFF or DICOM") from error
+        raise UserError(f"{name}: {error.reason}. Give a radiograph as PNG, JPEG, TIFF or DICOM.") from error
 
 
 class RadiographDetails(NamedTuple):

@@ -47,7 +47,7 @@ def decode(data: bytes, kind: str) -> tuple[Image.Image, np.ndarray | None]:
     orientation = _orientation(image)
     deep = tiff.samples(image) if kind == "TIFF" else np.asarray(image) if image.mode[0] in "IF" else None
     if as_rgba:
-        gray = _from_relabelled(image)
+        gray = _from_relabeled(image)
     elif deep is not None:
         gray = _from_deep(deep, image.info.get("transparency"), inverse=kind == "TIFF" and tiff.is_white_zero(image))
     else:
@@ -66,7 +66,7 @@ def _relabel_as_rgba(data: bytes) -> bytes:
     return data[:12] + header + (zlib.crc32(header) ^ checksum).to_bytes(4, "big") + data[33:]
 
 
-def _from_relabelled(image: Image.Image) -> Image.Image:
+def _from_relabeled(image: Image.Image) -> Image.Image:
     """Convert an image of _relabel_as_rgba to gray: red and green are the bytes of gray, blue and alpha those of alpha."""
     samples = np.asarray(image).view(">u2")  # (H, W, 2)
     values, alpha = samples[..., 0], samples[..., 1]

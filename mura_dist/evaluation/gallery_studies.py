@@ -67,7 +67,7 @@ class GalleryStudy:
     def caption(self) -> str:
         """The label and the prediction, as pages and pictures show them."""
         return (
-            f"{display_name(self.study_type)}, labelled {LABEL_TEXT[self.label]}, {CALL_TEXT[self.call]} at probability "
+            f"{display_name(self.study_type)}, labeled {LABEL_TEXT[self.label]}, {CALL_TEXT[self.call]} at probability "
             f"{self.probability:.3f}"
         )
 

@@ -81,6 +81,9 @@ def predict_directory(
         progress: Called with the numbers of finished files and of all files.
         **options: Fields of `mura_dist.inference.predict.PredictOptions`, such as study_type, provider, format, workers.
 
+    Returns:
+        The three tables, read on first use, and the summary.
+
     Raises:
         UserError: an input, an option or the model is wrong.
         RunError: files could not be read for a fault of the disk, or a table could not be written.

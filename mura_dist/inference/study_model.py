@@ -35,7 +35,7 @@ class ViewResult:
     """What the model computes for one radiograph.
 
     Attributes:
-        name: Path as it was given, or `view 1`, `view 2` ... for contents and pixels.
+        name: Path as the caller gave it, or `view 1`, `view 2` ... for contents and pixels.
         logit: Raw output.
         probability: sigmoid(logit).
         gate: ok, inverted, not_a_radiograph or blank: whether the file looks like a bone radiograph.
@@ -61,8 +61,8 @@ class StudyResult:
         calibrated_probability: The same after the calibration that the model carries.
         threshold: A study is called abnormal above it.
         call: True for abnormal. None without a threshold, and from a model that was trained on drawings.
-        band: negative, uncertain or positive.
-        gate: Worst word of the views.
+        band: negative, uncertain or positive. None where no band was fitted, and from a model trained on drawings.
+        gate: Worst gate verdict of the views.
         views: One result per radiograph, in the order they were given.
     """
 
@@ -108,20 +108,23 @@ class StudyModel:
             views: One radiograph of the study, or a sequence of them.
             study_type: `hand`, `XR_HAND` and the like. None takes it from MURA's folders or from DICOM.
 
+        Returns:
+            Probability, call, band, gate and activation maps.
+
         Raises:
             UserError: no view, a view that is no readable radiograph, DICOMs of several studies, a mistyped study type.
             RunError: the model's output is not finite.
         """
         sources = [views] if isinstance(views, Source) else list(views)
         if not sources:
-            raise UserError("a study of 0 views cannot be predicted. Give at least one radiograph")
+            raise UserError("a study of 0 views cannot be predicted. Give at least one radiograph.")
         names = [_name(source, number) for number, source in enumerate(sources, start=1)]
-        looks = [_look(source, name, self.size) for source, name in zip(sources, names, strict=True)]
+        looks = [_read_details(source, name, self.size) for source, name in zip(sources, names, strict=True)]
         identities = [_identity(source) for source in sources]
         _check_one_study(identities)
         logits, maps = self.onnx_model.outputs(np.stack([look.image for look in looks])[:, None])
         if not np.isfinite(logits).all():
-            raise RunError(f"the model's logits are {logits.tolist()}. Export the model again, or give another one")
+            raise RunError(f"the model's logits are {logits.tolist()}. Export the model again, or give another one.")
         results = tuple(
             ViewResult(
                 name,
@@ -180,6 +183,9 @@ def load(path: Path | str, *, provider: str = "cpu") -> StudyModel:
         path: model.onnx, or the list of an exported ensemble.
         provider: Engine that computes: cpu, cuda, tensorrt or openvino.
 
+    Returns:
+        The loaded model.
+
     Raises:
         UserError: the file is missing, is no such model, or the provider cannot start.
     """
@@ -190,11 +196,11 @@ def _name(source: Source, number: int) -> str:
     return str(source) if isinstance(source, Path | str) else f"view {number}"
 
 
-def _look(source: Source, name: str, size: int) -> radiograph.RadiographDetails:
+def _read_details(source: Source, name: str, size: int) -> radiograph.RadiographDetails:
     try:
         return radiograph.read_details(_readable(source, name), size)
     except UnreadableFileError as error:
-        raise UserError(f"{name}: {error.reason}. Give a radiograph as PNG, JPEG, TIFF or DICOM") from error
+        raise UserError(f"{name}: {error.reason}. Give a radiograph as PNG, JPEG, TIFF or DICOM.") from error
 
 
 def _readable(source: Source, name: str) -> Path | str | io.BytesIO:
@@ -208,7 +214,7 @@ def _readable(source: Source, name: str) -> Path | str | io.BytesIO:
     if not (gray or color) or 0 in source.shape:
         raise UserError(
             f"{name}: an array of shape {source.shape} and dtype {source.dtype} is no radiograph. Give (H, W) uint8 or uint16, "
-            "or (H, W, 3) uint8"
+            "or (H, W, 3) uint8."
         )
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(source)).save(file, "PNG", compress_level=0)
@@ -224,4 +230,4 @@ def _identity(source: Source) -> DicomIdentity | None:
 def _check_one_study(identities: Sequence[DicomIdentity | None]) -> None:
     studies = {identity.study_uid for identity in identities if identity is not None} - {""}
     if len(studies) > 1:
-        raise UserError(f"the DICOMs are of {len(studies)} studies. Give the views of one study at a time")
+        raise UserError(f"the DICOMs are of {len(studies)} studies. Give the views of one study at a time.")

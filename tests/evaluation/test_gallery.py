@@ -333,7 +333,7 @@ def test_page_matches_gallery_json(written_gallery: tuple[Path, dict[str, Any]],
             ("no abnormality flagged", "called abnormal")[study["call"]],
         )
         description = (
-            f"{display_name(study['study_type'])}, labelled {label}, {call} at probability {study['probability']:.3f}"
+            f"{display_name(study['study_type'])}, labeled {label}, {call} at probability {study['probability']:.3f}"
         )
         assert len(study["views"]) == (frame["study"] == study["study"]).sum()
         assert [item for item in labels if item.startswith(description)], description

@@ -18,7 +18,14 @@ from typing import Any, get_args
 ROOT = Path(__file__).resolve().parents[2]
 HELP_WIDTH = 80
 SETTINGS, COMMANDS, API, ERRORS = "<!-- settings -->", "<!-- commands -->", "<!-- api -->", "<!-- errors -->"
-ERROR_NAMES = {"UserError", "RunError", "RankLocalUserError", "CollectiveRunError", "StopRequestedError"}
+ERROR_NAMES = {
+    "UserError",
+    "RunError",
+    "RankLocalUserError",
+    "CollectiveRunError",
+    "ShardReadError",
+    "StopRequestedError",
+}
 AREAS = {
     "cli": "Any command",
     "core": "Files, URLs and settings",
@@ -66,7 +73,7 @@ def settings_markdown() -> str:
 
 
 def commands_markdown() -> str:
-    """Return a heading and the --help of each command, in the order of the alphabet."""
+    """Return a heading and the --help of each command, in alphabetical order."""
     import click
 
     cli = _import_from_checkout("mura_dist.cli.main").cli

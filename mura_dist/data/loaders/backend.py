@@ -12,7 +12,7 @@ BACKENDS = ("dali", "cpu", "resident")
 
 
 def choose_backend(pipeline: str, device: torch.device) -> tuple[str, str]:
-    """Return the backend's name, and the reason for a fallback or "". The device is not used.
+    """Return the backend's name, and the reason for a fallback or "". Nothing runs on the device.
 
     Raises:
         UserError: pipeline=dali, but DALI cannot be imported.

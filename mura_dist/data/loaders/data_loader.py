@@ -26,7 +26,7 @@ class DataLoader:
     """An iterable of the Batches of one epoch. Each iteration continues where the previous one ended.
 
     A Batch holds image (B, 1, S, S) uint8, label (B,) float32, weight (B,) float32, row (B,) int64 and mask (B,) bool, on
-    the device. Where mask is False, the position is padding and has weight 0.
+    the device. Where mask is False, the position is padding or a corrupt sample: weight 0, and row -1 for padding.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class DataLoader:
         rank: int,
         world_size: int,
     ) -> None:
-        """Read `rows` of the loader's shards, int64 (n,). Use `data_loader` to create one."""
+        """Wrap a loader for `rows`, int64 (n,). Use `data_loader` to create one."""
         self.loader, self.rows = loader, rows
         self.seed, self.shuffle, self.rotate_deg, self.flip = seed, shuffle, rotate_deg, flip
         self.rank, self.world_size = rank, world_size
@@ -53,7 +53,11 @@ class DataLoader:
         return len(self.rows) // global_batch if self.shuffle else -(-len(self.rows) // global_batch)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches of the current epoch from the current step on, then begin the next epoch."""
+        """Yield the batches of the current epoch from the current step on, then begin the next epoch.
+
+        Raises:
+            RunError: The shards cannot be read, or a sample is corrupt and `strict` is set.
+        """
         micro_batches = self._micro_batches()[self.step :]
         for batch in self.loader.load(micro_batches):
             self.step += 1
@@ -70,10 +74,10 @@ class DataLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position that `state_dict` returned, on any number of ranks of the same global batch."""
-        epoch, step = _check_position("epoch", state["epoch"]), _check_position("step", state["step"])
+        epoch, step = (_check_position(name, state.get(name)) for name in ("epoch", "step"))
         if step > len(self):
             raise UserError(
-                f"step {step} of a data loader's state: this epoch has {len(self)} batches. Use its own state"
+                f"step {step} of a data loader's state: this epoch has {len(self)} batches. Give what state_dict returned."
             )
         self.epoch, self.step = epoch, step
 
@@ -103,6 +107,7 @@ def data_loader(
     device: torch.device | str | None = None,
     pipeline: str = "auto",
     workers: int = 0,
+    strict: bool = False,
 ) -> DataLoader:
     """Open a shard folder for a training or evaluation loop. Under torchrun each rank gets its share.
 
@@ -112,13 +117,17 @@ def data_loader(
         micro_batch: Radiographs per batch and rank.
         seed: Seed of order and augmentation.
         shuffle: Draw a new order in each epoch and drop the last incomplete batch. Without it every radiograph comes once, in
-            order, and `mask` marks padding. Default: for train only.
+            order, and `mask` is False for padding. Default: for train only.
         rotate_deg: Largest angle of rotation in degrees. Default: 30 where shuffled, else 0.
         flip: Flip left-right with probability 1/2. Default: where shuffled.
         loss_weights: none, class or study_type: what `Batch.weight` holds.
         device: Where batches go. Default: this rank's GPU, else the CPU.
         pipeline: auto, dali, cpu or resident.
         workers: Loading threads. 0: chosen from the machine.
+        strict: Raise RunError at the first corrupt sample. Otherwise it is reported once, and `mask` is False for it.
+
+    Returns:
+        An iterable of Batches.
 
     Raises:
         UserError: no finished shards, an empty split, fewer radiographs than a batch, or a value out of range.
@@ -128,23 +137,25 @@ def data_loader(
     opened = Shards.open(shards)
     rows = opened.rows(split)
     if micro_batch < 1:
-        raise UserError(f"micro_batch={micro_batch}: must be at least 1. Give the radiographs per batch")
+        raise UserError(f"micro_batch={micro_batch}: must be at least 1. Give the radiographs per batch.")
     if workers < 0:
         raise UserError(
-            f"workers={workers}: must be at least 0. Give the loading threads, or 0 for a choice by the machine"
+            f"workers={workers}: must be at least 0. Give the loading threads, or 0 for a choice by the machine."
         )
     if rotate_deg is not None and not 0 <= rotate_deg <= 180:
-        raise UserError(f"rotate_deg={rotate_deg}: must lie between 0 and 180. Give the largest angle in degrees")
+        raise UserError(f"rotate_deg={rotate_deg}: must lie between 0 and 180. Give the largest angle in degrees.")
     if device is None:
         device = torch.device("cuda", environment.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(device)
     shuffle = split == "train" if shuffle is None else shuffle
     if shuffle and len(rows) < (global_batch := micro_batch * environment.world_size()):
         raise UserError(
-            f"micro_batch={micro_batch}: a step takes {global_batch} of {len(rows)} radiographs. Give a smaller one"
+            f"micro_batch={micro_batch}: a step takes {global_batch} of {len(rows)} radiographs. Give a smaller one."
         )
     targets = RowTargets.from_shards(opened, loss_weights)
-    loader = BatchLoader.for_machine(opened, targets, device, micro_batch, pipeline=pipeline, workers=workers)
+    loader = BatchLoader.for_machine(
+        opened, targets, device, micro_batch, pipeline=pipeline, workers=workers, strict=strict
+    )
     return DataLoader(
         loader,
         rows,
@@ -159,10 +170,10 @@ def data_loader(
 
 def _check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
     if choice not in choices:
-        raise UserError(f"{name}={choice}: must be one of {', '.join(choices)}")
+        raise UserError(f"{name}={choice}: must be one of {', '.join(choices)}.")
 
 
-def _check_position(name: str, number: int) -> int:
-    if not isinstance(number, int) or number < 0:
-        raise UserError(f"{name} {number!r} of a data loader: must be a whole number of at least 0. Use its own state")
-    return number
+def _check_position(name: str, number: int | None) -> int:
+    if not isinstance(number, int | np.integer) or number < 0:
+        raise UserError(f"{name} {number!r} of a data loader: must be a whole number. Count from 0.")
+    return int(number)

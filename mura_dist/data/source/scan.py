@@ -217,7 +217,7 @@ def _patients_in_both(radiographs: list[Radiograph]) -> list[str]:
 
 
 def _refuse(source: StoragePath, radiographs: list[Radiograph], csvs: MuraCsvs) -> None:
-    """Raise UserError for MURA-v1.0, and for data sets without any labelled radiograph."""
+    """Raise UserError for MURA-v1.0, and for data sets without any labeled radiograph."""
     listed = sum(len(paths) for paths in csvs.listed.values())
     if mura.NUM_IMAGES_V1_0 in (len(radiographs), listed):
         raise UserError(
