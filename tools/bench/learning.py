@@ -211,7 +211,7 @@ def main() -> None:
     for name, default in vars(Recipe()).items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=type(default), default=default, help=f"default: {default}")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="further settings of `mura-dist train`")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="further settings of `mura-dist train`")
     options = parser.parse_intermixed_args()
     recipe = Recipe(**{name: getattr(options, name) for name in vars(Recipe())})
     shards = Shards.open(options.shards)
