@@ -35,7 +35,7 @@ Work = Callable[[Path], int]
 
 @dataclass(frozen=True)
 class Contender:
-    """One side of a comparison.
+    """Side of a comparison.
 
     Attributes:
         name: Its name in the results.

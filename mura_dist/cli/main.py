@@ -39,7 +39,7 @@ EXAMPLES = (
     "mura-dist export runs/bones",
     "mura-dist predict runs/bones/model.onnx data/bones/valid --out predictions",
 )
-"""All steps from phantoms to predictions."""
+"""Test all steps from phantoms to predictions."""
 
 
 @click.group(

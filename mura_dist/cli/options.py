@@ -110,7 +110,7 @@ class LocalPathParam(click.ParamType):
 
 
 class Choice(click.Choice):
-    """One of several names. The error for a mistyped name contains the nearest one."""
+    """Choice of several names. The error for a mistyped name contains the nearest one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the value if it is a choice."""

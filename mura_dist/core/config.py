@@ -70,7 +70,7 @@ def _server_address(value: Any) -> Any:
 
 
 class Settings(BaseModel):
-    """All settings of a run. `mura-dist train --help` prints their descriptions under the headings of their groups."""
+    """Settings of a run. `mura-dist train --help` prints their descriptions under the headings of their groups."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

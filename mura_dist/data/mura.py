@@ -95,7 +95,7 @@ def display_name(study_type: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Radiograph:
-    """One image file, described by its path. `label` is 1 for positive (abnormal), 0 for negative (normal), None if missing."""
+    """Image file, described by its path. `label` is 1 for positive (abnormal), 0 for negative (normal), None if missing."""
 
     split: str
     study_type: str

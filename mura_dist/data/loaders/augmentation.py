@@ -46,7 +46,7 @@ def _block_augmentations(
 
 
 class _Philox(threading.local):
-    """One generator per thread, because setting key and counter is faster than creating a generator."""
+    """Generator of each thread, because setting key and counter is faster than creating a generator."""
 
     def __init__(self) -> None:
         self._philox = np.random.Philox(key=0)

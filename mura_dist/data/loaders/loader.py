@@ -39,7 +39,7 @@ _PREFETCHED_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the device. Where mask is False: image, label and weight 0, and row -1 unless the sample is corrupt."""
+    """Micro-batch on the device. Where mask is False: image, label and weight 0, and row -1 unless the sample is corrupt."""
 
     image: Tensor  # (B, 1, S, S) uint8
     label: Tensor  # (B,) float32, 0 or 1

@@ -34,7 +34,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over a split: its rows in order, int64 (n,), and the parameters of the augmentation."""
+    """Pass over a split: its rows in order, int64 (n,), and the parameters of the augmentation."""
 
     rows: np.ndarray
     seed: int
