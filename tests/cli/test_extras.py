@@ -92,7 +92,7 @@ def test_texts_name_extras_that_exist() -> None:
 
 def test_no_text_installs_mura_dist_from_an_index() -> None:
     """Nobody owns the name on an index, so another package could be installed. pyproject.toml may name its own extras."""
-    asks = re.compile(r"mura[-_]dist\[|(pip|uv|pipx)( tool)?( install| add| run)[^\n`]* '?mura[-_]dist\b")
+    asks = re.compile(r"\bmura[-_]dist\[|(pip|uv|pipx)( tool)?( install| add| run)[^\n`]* '?mura[-_]dist\b")
     hits = {path for path, text in texts().items() if asks.search(text)} - {"tests/cli/test_extras.py"}
     assert hits == {"pyproject.toml", "tests/launch/test_lock.py"}  # the requirement of train, and what strips it
 
