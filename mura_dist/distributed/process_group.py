@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from mura_dist.core.errors import CollectiveRunError, RankLocalUserError, RunError, UserError
 from mura_dist.distributed import environment, nccl
 from mura_dist.distributed.environment import LaunchEnv
+from mura_dist.distributed.processes import processor_flags
 
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # Linux's names of x86's and ARM's bf16 multiplication
 _REASON_BYTES = 1000
@@ -35,9 +36,8 @@ def supports_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    flags = next((line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return not _BF16_FLAGS.isdisjoint(flags.split())
+    processors = processor_flags(cpuinfo.read_text()) if cpuinfo.is_file() else []
+    return bool(processors) and not _BF16_FLAGS.isdisjoint(processors[0])
 
 
 @dataclass(frozen=True)

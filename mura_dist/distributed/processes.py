@@ -35,6 +35,12 @@ def _initialize(prepare: Callable[..., None] | None, arguments: tuple[Any, ...])
         prepare(*arguments)
 
 
+def processor_flags(cpuinfo: str) -> list[set[str]]:
+    """Return the flags of each processor in the text of Linux's /proc/cpuinfo: "flags" of x86, "Features" of ARM."""
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    return [set(flags.split()) for name, _, flags in lines if name.strip().lower() in ("flags", "features")]
+
+
 def end_with_parent() -> None:
     """Ignore Ctrl-C in this worker process, and exit when its parent exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

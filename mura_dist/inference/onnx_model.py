@@ -20,6 +20,7 @@ from mura_dist.inference.batch_limit import LIMIT_S
 from mura_dist.inference.engine import OPENVINO, OUTPUTS, InferenceEngine, SessionConfig, on_cpu
 from mura_dist.inference.engine_onnxruntime import OnnxRuntime
 from mura_dist.inference.engine_openvino import OpenVino
+from mura_dist.inference.processor import check_weight_bits
 from mura_dist.inference.throughput import BusyTime
 from mura_dist.models import model_list
 from mura_dist.models.card import KEY, Card
@@ -60,7 +61,7 @@ class OnnxModel:
 
         Raises:
             UserError: the file is missing or no mura-dist model, the list was not exported, or the provider does not start or
-                does not compute the file's precision.
+                does not compute the file's precision, or the processor does not compute its weights.
         """
         target = Target.parse(path)
         if target.kind == "list":
@@ -106,6 +107,7 @@ class OnnxModel:
                 f"{name} has its weights in another file ({external_file[:80]!r}). Give the one file {remedy}."
             )
         card = Card.parse(text, name)
+        check_weight_bits(card.weight_bits, name, "Export it again with --weight-bits 7.", provider=provider)
         engine: InferenceEngine
         if provider.lower() == OPENVINO:
             engine = OpenVino(data, name, session_config, card, limit_s)

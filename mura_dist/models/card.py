@@ -23,6 +23,7 @@ FORMAT = 1
 PRODUCER = "mura-dist"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+WEIGHT_BITS = (7, 8)  # of int8; the first is the default
 RESIZE = "Pillow bilinear, antialiased, aspect not kept"
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -123,6 +124,7 @@ class Card(BaseModel):
     version: str = __version__
     opset: int | None = None  # written by export
     precision: Precision = "fp32"  # that it is computed in
+    weight_bits: Literal[7, 8] | None = None  # of int8; None: 7, or another precision
     change: PrecisionChange | None = None  # of a precision below fp32
 
     @property

@@ -32,24 +32,29 @@ from onnx import TensorProto, helper, numpy_helper
 from mura_dist.inference.engine import SessionConfig
 from mura_dist.inference.engine_onnxruntime import OnnxRuntime
 from mura_dist.inference.export.int8_graph import BYTE_MAX, GraphBuilder, Grid, build_grid, scale_covariance
-from mura_dist.inference.export.int8_rounding import MIN_STEP
+from mura_dist.inference.export.int8_rounding import MIN_STEP, largest_weight
 from mura_dist.inference.export.int8_statistics import BATCH, ChannelStatistics, collect_statistics
+from mura_dist.models.card import WEIGHT_BITS
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
 
 OPSET = 18
 
 
-def build_int8_graph(model: DenseNet | Ensemble, images: np.ndarray) -> onnx.ModelProto:
+def build_int8_graph(
+    model: DenseNet | Ensemble, images: np.ndarray, weight_bits: int = WEIGHT_BITS[0]
+) -> onnx.ModelProto:
     """Return the integer graph of a network or an ensemble. It has the contract of onnx.build_onnx, and no metadata yet.
 
     Args:
         model: In eval mode, on the CPU, fp32.
         images: uint8 (N, 1, S, S), radiographs of the train split. Their ranges become the grids, and their mean logit stays.
+        weight_bits: 7, or 8 for processors that `processor.check_weight_bits` accepts.
     """
     networks = list(_networks(model))
     prefixes = [f"member{number}." if len(networks) > 1 else "" for number in range(len(networks))]
-    graphs = [_build_corrected(network, images, prefix) for network, prefix in zip(networks, prefixes, strict=True)]
+    builders = [GraphBuilder(prefix, largest_weight(weight_bits)) for prefix in prefixes]
+    graphs = [_build_corrected(network, images, graph) for network, graph in zip(networks, builders, strict=True)]
     with torch.no_grad():
         map_shape = model(torch.from_numpy(images[:1]))[1].shape[1:]
     if len(graphs) > 1:
@@ -64,9 +69,10 @@ def _networks(model: DenseNet | Ensemble) -> Iterator[DenseNet]:
         yield model
 
 
-def _build_corrected(network: DenseNet, images: np.ndarray, prefix: str) -> GraphBuilder:
+def _build_corrected(network: DenseNet, images: np.ndarray, graph: GraphBuilder) -> GraphBuilder:
     """Build a network's nodes. The bias of the head corrects the change of the mean logit of `images`."""
-    graph = build_network(network, collect_statistics(network, images), prefix)
+    prefix = graph.prefix
+    build_network(graph, network, collect_statistics(network, images))
     batches = torch.from_numpy(images).split(BATCH)
     with torch.no_grad():
         exact = [network(batch) for batch in batches]
@@ -114,9 +120,9 @@ def _average(prefixes: Sequence[str]) -> GraphBuilder:
 # ---- one network
 
 
-def build_network(network: DenseNet, statistics: dict[str, ChannelStatistics], prefix: str = "") -> GraphBuilder:
-    """Build the nodes of one network, with the outputs `prefix`logit (N,) and `prefix`activation_map (N, h, w)."""
-    graph, features = GraphBuilder(prefix), network.features
+def build_network(graph: GraphBuilder, network: DenseNet, statistics: dict[str, ChannelStatistics]) -> None:
+    """Add the nodes of one network, with the outputs `prefix`logit (N,) and `prefix`activation_map (N, h, w)."""
+    features = network.features
     x, grid = _stem(graph, network, statistics["stem"])
     for number in (1, 2, 3, 4):
         layers = list(features.get_submodule(f"denseblock{number}").named_children())
@@ -135,7 +141,6 @@ def build_network(network: DenseNet, statistics: dict[str, ChannelStatistics], p
             before, after = statistics[f"{number}.in"], statistics[f"{number}.out"]
             x, grid = _transition(graph, transition, x, grid, before, after, readers)
     _head(graph, network, x, grid)
-    return graph
 
 
 def affine_slices(norms: Sequence[Any], first: int, num_channels: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -11,8 +11,14 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from mura_dist.inference.export.int8_rounding import MIN_STEP, WEIGHT_MAX, round_to_kernel_sums, round_with_covariance
+from mura_dist.inference.export.int8_rounding import (
+    MIN_STEP,
+    largest_weight,
+    round_to_kernel_sums,
+    round_with_covariance,
+)
 from mura_dist.inference.export.int8_statistics import ChannelStatistics
+from mura_dist.models.card import WEIGHT_BITS
 
 BYTE_MAX = 255
 _MAX_BIAS_STEPS = 2**29  # the products of a convolution sum up to at most as many
@@ -108,12 +114,14 @@ class GraphBuilder:
 
     Attributes:
         prefix: Prefix of all names.
+        weight_max: Largest weight of a convolution in steps.
         nodes: Nodes so far, in the order of computation.
         tensors: Constants so far.
         num_names: Number of names generated so far.
     """
 
     prefix: str
+    weight_max: int = largest_weight(WEIGHT_BITS[0])
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     tensors: list[onnx.TensorProto] = field(default_factory=list)
     num_names: int = 0
@@ -154,11 +162,14 @@ class GraphBuilder:
             covariance: (I k k, I k k) of what a kernel reads; None for the image, whose kernels keep their sums.
             **attributes: Of the Conv node.
         """
-        weight_max = np.abs(weight).reshape(len(weight), -1).max(axis=1)  # (O,)
+        maxima = np.abs(weight).reshape(len(weight), -1).max(axis=1)  # (O,)
         # The step is at least so large that the bias fits into 32 bits, even if the weights are far smaller.
-        step = np.maximum(np.where(weight_max == 0, 1.0, weight_max / WEIGHT_MAX), np.abs(bias) / _MAX_BIAS_STEPS)
+        step = np.maximum(np.where(maxima == 0, 1.0, maxima / self.weight_max), np.abs(bias) / _MAX_BIAS_STEPS)
         exact = weight / step[:, None, None, None]
-        rounded = round_to_kernel_sums(exact) if covariance is None else round_with_covariance(exact, covariance)
+        if covariance is None:
+            rounded = round_to_kernel_sums(exact, self.weight_max)
+        else:
+            rounded = round_with_covariance(exact, covariance, self.weight_max)
         bias = bias + ((exact - rounded).sum(axis=(2, 3)) @ mean) * step
         scale = self.const(step.astype(np.float32))
         int_weight = self.const(rounded.astype(np.int8))

@@ -1,20 +1,24 @@
 """Rounding of a convolution's weights to integers.
 
-weight (O, I, k, k) float64 in steps -> round_to_kernel_sums or round_with_covariance -> integers in +-WEIGHT_MAX
+weight (O, I, k, k) float64 in steps -> round_to_kernel_sums or round_with_covariance -> integers in +-largest_weight(bits)
 
-Weights have 7 bits. On processors without VNNI (all before about 2019, and many later ones) the 16-bit sum of two 8 by 8 bit
-products overflows.
+By default weights have 7 bits. On processors without VNNI (all before about 2019, and many later ones) the 16-bit sum of two
+products of 8 by 8 bits overflows.
 """
 
 import numpy as np
 
-WEIGHT_MAX = 63  # 2 * 255 * 63 < 2**15
 MIN_STEP = 1e-9
 _COLUMNS = 64  # inputs rounded between two matrix products
 _DAMPING = 0.01  # of the mean variance: a covariance of few radiographs is inaccurate
 
 
-def round_to_kernel_sums(exact: np.ndarray) -> np.ndarray:
+def largest_weight(bits: int) -> int:
+    """Return the largest weight: 63 of 7 bits (2 * 255 * 63 < 2**15, the 16-bit sum of two products), 127 of 8 bits."""
+    return 2 ** (bits - 1) - 1
+
+
+def round_to_kernel_sums(exact: np.ndarray, weight_max: int) -> np.ndarray:
     """Round (O, I, k, k) so that the sum of each kernel is the exact sum, rounded. The taps nearest to 1/2 are adjusted."""
     rounded = np.rint(exact)
     kernel_size = exact[0, 0].size
@@ -22,10 +26,10 @@ def round_to_kernel_sums(exact: np.ndarray) -> np.ndarray:
         error = target - kernel
         missing = int(np.rint(error.sum()))
         kernel[np.argsort(-error * np.sign(missing))[: abs(missing)]] += np.sign(missing)
-    return np.clip(rounded, -WEIGHT_MAX, WEIGHT_MAX)
+    return np.clip(rounded, -weight_max, weight_max)
 
 
-def round_with_covariance(exact: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+def round_with_covariance(exact: np.ndarray, covariance: np.ndarray, weight_max: int) -> np.ndarray:
     """Round (O, I, k, k) input by input, the input with the largest variance first.
 
     The weights that are not rounded yet compensate each error as far as their inputs correlate (GPTQ: arXiv 2210.17323,
@@ -34,6 +38,7 @@ def round_with_covariance(exact: np.ndarray, covariance: np.ndarray) -> np.ndarr
     Args:
         exact: Weights in steps.
         covariance: Of what a kernel reads, (I k k, I k k).
+        weight_max: Largest integer, see `largest_weight`.
     """
     flat = exact.reshape(len(exact), -1)
     order = np.argsort(-covariance.diagonal())
@@ -45,7 +50,7 @@ def round_with_covariance(exact: np.ndarray, covariance: np.ndarray) -> np.ndarr
         stop = min(start + _COLUMNS, len(order))
         errors = np.empty((len(flat), stop - start))
         for column in range(start, stop):
-            rounded_columns[:, column] = np.clip(np.rint(remaining[:, column]), -WEIGHT_MAX, WEIGHT_MAX)
+            rounded_columns[:, column] = np.clip(np.rint(remaining[:, column]), -weight_max, weight_max)
             error = (remaining[:, column] - rounded_columns[:, column]) / upper[column, column]
             errors[:, column - start] = error
             remaining[:, column + 1 : stop] -= np.outer(error, upper[column, column + 1 : stop])

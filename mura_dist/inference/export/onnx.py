@@ -33,7 +33,7 @@ from mura_dist.inference.engine_onnxruntime import import_onnxruntime
 from mura_dist.inference.export import int8, precision, triton
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics.operating_points import PAPER_OPERATING_POINT, FittedThresholds
-from mura_dist.models.card import KEY, PRODUCER, Card, PrecisionChange, TrainedOn
+from mura_dist.models.card import KEY, PRODUCER, WEIGHT_BITS, Card, PrecisionChange, TrainedOn
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
 from mura_dist.models.target import Target
@@ -56,12 +56,14 @@ class ExportOptions:
         shards: Folder of the run's shards. None uses the folder in the run's recipe.
         allow_change: Write a precision even if it exceeds its limits.
         triton_folder: Write a Triton model repository in this folder too.
+        weight_bits: Bits of an int8 model's weights, one of card.WEIGHT_BITS. None chooses 7.
     """
 
     precision: str = "fp32"
     shards: Path | str | None = None
     allow_change: bool = False
     triton_folder: Path | None = None
+    weight_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def default_out(target: Target, precision: str) -> Path:
 
 def _check(out: Path, options: ExportOptions) -> None:
     import_onnxruntime()  # the gate needs it: fail before the export, which takes minutes
-    precision.check_precision(options.precision)
+    precision.check_precision(options.precision, options.weight_bits)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder. Give a file, such as {out / 'model.onnx'}.")
     files.check_folder(out.parent, "--out")
@@ -283,10 +285,11 @@ def export_variant(
     if options.precision == "fp16":
         precision.check_range(model, probes)
     if options.precision == "int8":
+        card = card.model_copy(update={"weight_bits": options.weight_bits or WEIGHT_BITS[0]})
         images = precision.sample_images(shards, "train", precision.NUM_CALIBRATED)
         calibrated_on = len(images)
         log(f"int8: ranges of {calibrated_on} radiographs of train")
-        data = finalize(int8.build_int8_graph(model, images), card)
+        data = finalize(int8.build_int8_graph(model, images, card.weight_bits or WEIGHT_BITS[0]), card)
     else:
         data = (
             build_onnx(precision.to_half_precision(model), card)

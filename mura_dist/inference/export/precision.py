@@ -22,8 +22,9 @@ from mura_dist.core.errors import RunError, UserError, nearest
 from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.inference.engine import OPENVINO, SessionConfig, on_cpu
 from mura_dist.inference.onnx_model import OnnxModel
+from mura_dist.inference.processor import check_weight_bits
 from mura_dist.metrics import classification
-from mura_dist.models.card import PRECISIONS, Card, PrecisionChange
+from mura_dist.models.card import PRECISIONS, WEIGHT_BITS, Card, PrecisionChange
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
 from mura_dist.training.weights import ModelWeights
@@ -45,11 +46,24 @@ ENGINES = {"fp16": "cpu", "bf16": OPENVINO, "int8": "cpu"}  # provider that meas
 _BATCH_SIZES = (1, 2, 7, 64)
 
 
-def check_precision(precision: str) -> None:
-    """Raise UserError for an unknown precision, or one that cannot be measured on this machine."""
+def check_precision(precision: str, weight_bits: int | None = None) -> None:
+    """Raise UserError for an unknown precision or number of bits, or one that cannot be measured on this machine."""
     if precision not in PRECISIONS:
         raise UserError(
             f"--precision {precision}{nearest(precision, PRECISIONS)}: must be one of {', '.join(PRECISIONS)}"
+        )
+    if weight_bits is not None:
+        if precision != "int8":
+            raise UserError(
+                f"--weight-bits {weight_bits}: only int8 has a choice of bits (--precision is {precision}). Give --precision "
+                "int8, or no --weight-bits."
+            )
+        if weight_bits not in WEIGHT_BITS:
+            raise UserError(f"--weight-bits {weight_bits}: must be 7, the default, or 8.")
+        check_weight_bits(
+            weight_bits,
+            f"--weight-bits {weight_bits}",
+            "Give --weight-bits 7, or export on a processor with VNNI or ARM's dot product.",
         )
     if precision == "bf16":
         from mura_dist.inference.engine_openvino import supports_bf16

@@ -1,5 +1,9 @@
 """Test int8 quantization: outputs close to the float network for extreme norms, and integer operators throughout."""
 
+import os
+import platform
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from torch import nn
 
 from mura_dist.inference.export import int8
 from mura_dist.inference.export.int8_graph import GraphBuilder, Grid, build_grid
+from mura_dist.inference.export.int8_rounding import largest_weight
 from mura_dist.inference.export.int8_statistics import ChannelStatistics, collect_statistics
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
@@ -101,6 +106,61 @@ def test_integer_sums_do_not_overflow(seed: int) -> None:
     np.testing.assert_allclose(
         run_onnx(int8_model, images)[0], run_onnx(int8_model, images, optimized=False)[0], atol=0.05
     )
+
+
+INT16_MAX = 2**15 - 1
+BITS = [pytest.param(7, True, id="7 bits"), pytest.param(8, False, id="8 bits")]
+
+
+def int8_weights(int8_model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """Return the int8 weights (O, I, k, k) by the name of their Conv node."""
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in int8_model.graph.initializer}
+    nodes = {node.output[0]: node for node in int8_model.graph.node}
+    convolutions = [node for node in nodes.values() if node.op_type == "Conv" and node.input[1] in nodes]
+    return {node.name: constants[nodes[node.input[1]].input[0]].astype(np.int64) for node in convolutions}
+
+
+@pytest.mark.parametrize(("bits", "fits"), BITS)
+def test_sum_of_any_two_products_fits_into_16_bits(bits: int, fits: bool) -> None:
+    """Without VNNI the processor adds the products of two inputs in 16 bits. Which two depends on the kernel."""
+    weights = int8_weights(int8.build_int8_graph(trained(), blotches(64), bits))
+    bounds = []
+    for kernels in weights.values():
+        largest_two = np.sort(np.abs(kernels.reshape(len(kernels), -1)), axis=1)[:, -2:]
+        bounds.append(255 * largest_two.sum(axis=1).max())
+    limit = largest_weight(bits)
+    assert max(np.abs(kernels).max() for kernels in weights.values()) == limit
+    assert max(bounds) <= 2 * 255 * limit
+    assert (2 * 255 * limit <= INT16_MAX) == fits
+    assert (max(bounds) <= INT16_MAX) == fits
+
+
+@pytest.mark.parametrize(("bits", "fits"), BITS)
+def test_only_8_bits_saturate_without_vnni(bits: int, fits: bool) -> None:
+    """The two largest products of the bytes that the 1x1 convolutions read for blotches exceed 16 bits only for 8 bits."""
+    int8_model = int8.build_int8_graph(trained(), blotches(64), bits)
+    nodes = {node.output[0]: node for node in int8_model.graph.node}
+    weights = {name: w[:, :, 0, 0] for name, w in int8_weights(int8_model).items() if w.shape[2:] == (1, 1)}  # (O, I)
+    inputs = [nodes[nodes[name].input[0]].input[0] for name in weights]
+    int8_model.graph.output.extend(onnx.helper.make_tensor_value_info(x, onnx.TensorProto.UINT8, None) for x in inputs)
+    session = onnxruntime.InferenceSession(int8_model.SerializeToString(), providers=["CPUExecutionProvider"])
+    num_saturated = 0
+    for kernels, x in zip(weights.values(), session.run(inputs, {"image": blotches(4, 9)}), strict=True):
+        channels = np.moveaxis(x.astype(np.int64), 1, -1).reshape(-1, x.shape[1])  # (P, I)
+        products = np.sort(channels[:, None] * kernels, axis=2)  # (P, O, I)
+        lowest, highest = products[..., :2].sum(axis=2), products[..., -2:].sum(axis=2)
+        num_saturated += np.count_nonzero((lowest < -INT16_MAX - 1) | (highest > INT16_MAX))
+    assert (num_saturated == 0) == fits, num_saturated
+
+
+def test_8_bits_are_closer_to_the_float_network() -> None:
+    model, images, calibration = trained(), blotches(64, 9), blotches(128, 50)
+    errors = [
+        np.abs(run_onnx(int8.build_int8_graph(model, calibration, bits), images, optimized=False)[1] - exact).mean()
+        for exact in [float_outputs(model, images)[1]]
+        for bits in (7, 8)
+    ]
+    assert errors[1] < errors[0], errors
 
 
 def test_optimized_graph_uses_integer_operators() -> None:
@@ -235,3 +295,34 @@ def test_openvino_agrees_with_integer_operators() -> None:
         for node in compiled.get_runtime_model().get_ordered_ops()
     )
     assert kinds["Convolution u8"] + kinds["Convolution i8"] >= 10, kinds
+
+
+_RUN_ON_AVX2 = """
+import sys
+import numpy as np
+import openvino
+core = openvino.Core()
+compiled = core.compile_model(core.read_model(sys.argv[1]), "CPU")
+print(*np.unique(compiled.create_infer_request().infer([np.full((1, 64, 8, 8), 255, np.uint8)])[0]))
+"""
+
+
+@needs_openvino
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the kernels are those of x86")
+@pytest.mark.parametrize(("bits", "fits"), BITS)
+def test_avx2_kernels_overflow_with_8_bits(bits: int, fits: bool, tmp_path: Path) -> None:
+    """OpenVINO limited to AVX2 computes the mean of 64 white channels: white, if the sums of products fit."""
+    graph = GraphBuilder("", largest_weight(bits))
+    y = graph.convolve("x", np.full((64, 64, 1, 1), 1 / 64), np.zeros(64), np.zeros(64), None)
+    y = graph.convolve(y, np.full((64, 64, 1, 1), 1 / 64), np.zeros(64), np.zeros(64), None)
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, [1, 64, 8, 8]) for name in ("x", y)]
+    proto = onnx.helper.make_graph(graph.nodes, "mean", ends[:1], ends[1:], graph.tensors)
+    onnx.save(
+        onnx.helper.make_model(proto, opset_imports=[onnx.helper.make_opsetid("", int8.OPSET)], ir_version=10),
+        tmp_path / "mean.onnx",
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", _RUN_ON_AVX2, str(tmp_path / "mean.onnx")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    levels = [int(level) for level in result.stdout.split()]
+    assert (levels == [255]) == fits, levels

@@ -15,7 +15,7 @@ from mura_dist.cli.main import DONE, FAILED, main
 from mura_dist.core.errors import RunError, UserError
 from mura_dist.data import mura
 from mura_dist.data.shards.reader import Shards
-from mura_dist.inference import engine_openvino
+from mura_dist.inference import engine_openvino, processor
 from mura_dist.inference.export import precision as variants
 from mura_dist.inference.export.onnx import build_onnx, default_out
 from mura_dist.inference.export.precision import LIMITS
@@ -50,9 +50,34 @@ def test_reduced_precision_export_records_its_change(copy: Path, precision: str,
     assert main(["export", str(copy)]) == DONE
     plain = OnnxModel.load(copy / "model.onnx")
     assert (plain.card.precision, plain.card.change) == ("fp32", None)
-    assert plain.card.model_copy(update={"precision": precision, "change": change}) == model.card
+    bits = 7 if precision == "int8" else None
+    assert plain.card.model_copy(update={"precision": precision, "change": change, "weight_bits": bits}) == model.card
     if precision == "int8":
         assert path.stat().st_size < (copy / "model.onnx").stat().st_size
+
+
+@pytest.fixture
+def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the file that is read in place of /proc/cpuinfo."""
+    monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "cpuinfo")
+    return tmp_path / "cpuinfo"
+
+
+def test_weights_of_8_bits_are_recorded_and_need_vnni(copy: Path, cpuinfo: Path, capsys) -> None:
+    command, path = ["export", str(copy), "--precision", "int8", "--weight-bits", "8"], copy / "model-int8.onnx"
+    remedy = "Give --weight-bits 7, or export on a processor with VNNI or ARM's dot product."
+    for flags in ("", "flags : avx avx2\n"):
+        cpuinfo.write_text(flags)
+        laws.refusal(capsys, command, "--weight-bits 8: weights of 8 bits would overflow", "(limit: 7 bits; ", remedy)
+    assert not path.exists()
+    cpuinfo.write_text("flags : avx avx2 avx_vnni\n")
+    assert main([*command, "--allow-change"]) == DONE
+    assert OnnxModel.load(path).card.weight_bits == 8
+    constants = map(onnx.numpy_helper.to_array, onnx.load(path).graph.initializer)
+    assert max(int(np.abs(constant).max()) for constant in constants if constant.dtype == np.int8) == 127
+    cpuinfo.write_text("flags : avx avx2\n")
+    with pytest.raises(UserError, match="Export it again with --weight-bits 7"):
+        OnnxModel.load(path)
 
 
 @pytest.mark.slow
@@ -138,6 +163,8 @@ def test_invalid_options_are_refused(copy: Path, phantoms: Path, tmp_path: Path,
         "did you mean int8",
         "fp32, fp16, bf16, int8",
     )
+    laws.refusal(capsys, ["export", copy, "--weight-bits", "7"], "--weight-bits 7", "--precision is fp32", "int8")
+    laws.refusal(capsys, ["export", copy, "--precision", "int8", "--weight-bits", "6"], "--weight-bits 6", "7", "or 8")
     convert(phantoms, tmp_path / "other", size=32, workers=1)
     for arguments in (["--precision", "int8"], []):
         laws.refusal(
@@ -258,7 +285,9 @@ def test_default_file_names_and_cards_without_precision() -> None:
         "five-int8.onnx",
     }
     fields = json.loads(card_of().to_json())
-    del fields["precision"], fields["change"]  # as in older files
+    del fields["precision"], fields["change"], fields["weight_bits"]  # as in older files
     assert Card.parse(json.dumps(fields), "old") == card_of()
     with pytest.raises(UserError, match="precision"):
         Card.parse(json.dumps(fields | {"precision": "int4"}), "other")
+    with pytest.raises(UserError, match="weight_bits"):
+        Card.parse(json.dumps(fields | {"weight_bits": 9}), "other")
