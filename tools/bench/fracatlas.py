@@ -56,27 +56,34 @@ def patient_hash(patient: str) -> int:
     return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:6], "big")
 
 
-def cut(source: Path, out: Path) -> pd.DataFrame:
-    """Copy the radiographs of `source` to OUT/files/train and OUT/files/valid, and write OUT/cut.csv.
+def assign_folds(source: Path) -> pd.DataFrame:
+    """Return the radiographs of a folder in MURA's layout with the fold of their patient, and -1 for valid.
 
     One patient in five is valid, by the SHA-256 of the name of the patient's folder. The folds of the others follow from the same
-    hash.
+    hash. The split of the folder is ignored.
 
     Returns:
-        A row per study: study (without its split), study_type, patient, label, fold (-1: valid).
+        Columns study (without its split), study_type, patient, label, fold, path.
     """
     frame = scan(source, duplicates=False).manifest.frame
     digit = frame["patient"].map(patient_hash)
-    fold_of = np.where(digit % 5 == 0, -1, digit // 5 % NUM_FOLDS)
-    frame = frame.assign(fold=fold_of, study=_without_split(frame["study"]))
-    studies = frame.drop_duplicates("study")[["study", "study_type", "patient", "label", "fold"]].sort_values("study")
-    if (out / "cut.csv").is_file() and not read_cut(out).equals(studies.reset_index(drop=True)):
+    fold = np.where(digit % 5 == 0, -1, digit // 5 % NUM_FOLDS)
+    frame = frame.assign(fold=fold, study=_without_split(frame["study"]))
+    return frame[["study", "study_type", "patient", "label", "fold", "path"]]
+
+
+def cut(source: Path, out: Path) -> pd.DataFrame:
+    """Copy the radiographs of `source` to OUT/files/train and OUT/files/valid, and write OUT/cut.csv: a row per study."""
+    frame = assign_folds(source)
+    studies = frame.drop_duplicates("study").drop(columns="path").sort_values("study", ignore_index=True)
+    text, path = studies.to_csv(index=False), out / "cut.csv"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise UserError(f"{out} holds the cut of another folder. Give another OUT.")
-    for path, fold in zip(frame["path"], frame["fold"], strict=True):
-        target = out / "files" / ("valid" if fold < 0 else "train") / path.partition("/")[2]
+    for name, fold in zip(frame["path"], frame["fold"], strict=True):
+        target = out / "files" / ("valid" if fold < 0 else "train") / name.partition("/")[2]
         target.parent.mkdir(parents=True, exist_ok=True)
-        files.write_bytes(target, (source / path).read_bytes())
-    files.write_text(out / "cut.csv", studies.to_csv(index=False))
+        files.write_bytes(target, (source / name).read_bytes())
+    files.write_text(path, text)
     return studies
 
 
@@ -274,6 +281,10 @@ class Results:
                 if line["key"] == training.key:
                     return True
         return False
+
+    def pending(self, trainings: Iterable[Training]) -> list[Training]:
+        """Return the trainings without a line. Raises UserError as `holds`."""
+        return [training for training in trainings if not self.holds(training)]
 
     def add(
         self, training: Training, studies: pd.DataFrame, probability: Mapping[str, float], cost: Cost, **facts: Any
@@ -549,8 +560,8 @@ def parse_variants(texts: Sequence[str], overrides: Sequence[str], size: int) ->
     """Return size and settings by variant. `size=` is a property of the shards, so it is taken out of the settings."""
     variants = {}
     for text in (BASELINE, *texts):
-        name, *own = text.split()
-        if name in variants or any("=" not in word for word in own) or "=" in name:
+        name, *own = text.split() or [""]
+        if not name or name in variants or any("=" not in word for word in own) or "=" in name:
             raise UserError(f"--variant {text!r} is not a new NAME and key=value arguments. Write 'no-ema ema=0'.")
         sizes = [int(word[len("size=") :]) for word in own if word.startswith("size=")]
         variants[name] = (sizes or [size])[-1], [*overrides, *(word for word in own if not word.startswith("size="))]
@@ -567,8 +578,7 @@ def run_folds(options: argparse.Namespace) -> None:
         for name, (size, overrides) in variants.items()
         for settings in [describe(options.recipe, overrides, size)]
     ]
-    pending = [training for training in trainings if not results.holds(training)]
-    for training in [] if options.report else pending:
+    for training in [] if options.report else results.pending(trainings):
         fold = training.key["fold"]
         shards = make_shards(options.out, training.size, fold)
         probability, cost = train_package(training, options.out, shards, options.recipe, machine)
@@ -606,8 +616,7 @@ def run_final(options: argparse.Namespace) -> None:
         for seed in options.seeds.split(",")
         for name, values in contenders.items()
     ]
-    pending = [training for training in trainings if not results.holds(training)]
-    for training in [] if options.report else pending:
+    for training in [] if options.report else results.pending(trainings):
         shards = make_shards(options.out, options.size)
         if training.key["contender"] == PACKAGE:
             probability, cost = train_package(training, options.out, shards, options.recipe, machine)
