@@ -10,7 +10,8 @@ python tools/bench/fracatlas.py final OUT [--seeds 0,1,2] [--plain fp32,bf16] [-
 
 `folds` never reads valid. `final` reports valid alone. Each training is a process of its own. The same command resumes: a line of
 the results file is not measured again, and an unfinished training continues. The results file holds the predictions, so that
-another machine with the same cut continues it. `--report` prints the tables of a results file and trains nothing.
+another machine with the same cut continues it, and files of several machines can be joined. `--report` prints the tables of a
+results file and trains nothing.
 """
 
 import argparse
@@ -556,6 +557,13 @@ def run_cut(options: argparse.Namespace) -> None:
     print(f"Positive studies\n\n{table(header, rows)}")
 
 
+def parse_numbers(option: str, text: str, limit: int) -> list[int]:
+    numbers = [int(word) if word.isdecimal() else limit for word in text.split(",")]
+    if max(numbers) >= limit:
+        raise UserError(f"{option} {text} is not a list of numbers below {limit}. Write {option} 0,1.")
+    return numbers
+
+
 def parse_variants(texts: Sequence[str], overrides: Sequence[str], size: int) -> dict[str, tuple[int, list[str]]]:
     """Return size and settings by variant. `size=` is a property of the shards, so it is taken out of the settings."""
     variants = {}
@@ -574,7 +582,7 @@ def run_folds(options: argparse.Namespace) -> None:
     variants = parse_variants(options.variant, options.overrides, options.size)
     trainings = [
         Training({"kind": "fold", "variant": name, "fold": fold, "seed": options.seed}, settings, size, overrides)
-        for fold in range(NUM_FOLDS)
+        for fold in parse_numbers("--folds", options.folds, NUM_FOLDS)
         for name, (size, overrides) in variants.items()
         for settings in [describe(options.recipe, overrides, size)]
     ]
@@ -612,8 +620,8 @@ def run_final(options: argparse.Namespace) -> None:
     contenders = {PACKAGE: settings} if options.package else {}
     contenders |= {f"plain {name}": plain | {"precision": name} for name in options.plain.split(",") if name}
     trainings = [
-        Training({"kind": "final", "contender": name, "seed": int(seed)}, values, options.size, options.overrides)
-        for seed in options.seeds.split(",")
+        Training({"kind": "final", "contender": name, "seed": seed}, values, options.size, options.overrides)
+        for seed in parse_numbers("--seeds", options.seeds, 2**63)
         for name, values in contenders.items()
     ]
     for training in [] if options.report else results.pending(trainings):
@@ -635,6 +643,7 @@ def parse_options() -> argparse.Namespace:
     first.set_defaults(function=run_cut)
     folds = commands.add_parser("folds", help="compare variants of the recipe by cross-validation on train")
     folds.add_argument("--variant", action="append", default=[], metavar="'NAME key=value ...'", help="may be repeated")
+    folds.add_argument("--folds", default="0,1,2,3,4", help="several commands may share the folds; default: 0,1,2,3,4")
     folds.add_argument("--seed", type=int, default=0, help="default: 0")
     folds.set_defaults(function=run_folds)
     final = commands.add_parser("final", help="compare the recipe with plain_loop.py on valid")
