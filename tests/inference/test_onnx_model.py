@@ -96,6 +96,41 @@ print([name for name, module in sys.modules.items() if module and name.partition
 
 @pytest.mark.nightly(part="training")
 @needs_openvino
+def test_openvino_compiles_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, cache = noise(5), tmp_path / "cache/mura-dist/openvino"
+    expected = OnnxModel.load(model, "openvino", SessionConfig(streams=1)).logits(images)
+    (blob,) = cache.iterdir()
+    content = blob.read_bytes()
+    monkeypatch.setattr(engine_openvino, "_read_model", None)  # a second compilation would fail
+    hit = OnnxModel.load(model, "openvino", SessionConfig(streams=2, threads=2))
+    assert hit.engine.compiled.get_property("NUM_STREAMS") == 2  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(hit.logits(images), expected)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    for corrupt in (b"", b"no model", content[:middle], flipped):
+        blob.write_bytes(corrupt)
+        np.testing.assert_array_equal(OnnxModel.load(model, "openvino").logits(images), expected)
+        assert len(blob.read_bytes()) == len(content)  # written again
+
+
+@needs_openvino
+@pytest.mark.parametrize("folder", ["read-only", "a file", "no home"])
+def test_openvino_needs_no_cache(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    if folder == "read-only":
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/self")  # not writable, even for root
+    elif folder == "a file":
+        monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", lambda: Path("~nobody-here").expanduser())  # as for a user without a home
+    np.testing.assert_allclose(
+        OnnxModel.load(model, "openvino").logits(noise(2)), OnnxModel.load(model).logits(noise(2)), atol=1e-4
+    )
+
+
+@needs_openvino
 def test_concurrent_first_openvino_batches_do_not_deadlock(model: Path) -> None:
     """Two threads of a fresh process once held the lock that the other thread needed."""
     code = """
