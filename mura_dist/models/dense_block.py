@@ -1,18 +1,21 @@
 """Compute dense blocks in training: torchvision's layers over one buffer, with a small memory for the backward pass.
 
-    input -> features[:, :c] --> read by norm1, relu, conv1 -> bottleneck -> norm2, relu, conv2 -> 32 new channels --.
-                  ^---------------------------------------------------------------------------------------------------'
-    features, all of them    --> read by the norm, relu (, pool), 1x1 convolution after the block -> output
+    input, normalized -> features[:, :c] --> norm1's weight and bias, relu, conv1 -> bottleneck -> norm2, relu, conv2
+                              ^                                                                                 |
+                              '---------------------------- normalized <--------------------------- 32 new channels
+    features, all of them                --> norm's weight and bias, relu (, pool), 1x1 convolution after the block -> output
 
 A block is one autograd function. It keeps for backward the buffer, each layer's bottleneck (N, 128, h, w) and the statistics,
 and recomputes the rest. Why it is cheaper than 86 concatenations, and equal to them in exact arithmetic:
 
-- A channel's batch mean and variance are the same for every layer that reads it: they are computed once.
+- A channel's batch mean and variance are the same for every layer that reads it. It is normalized once, when it is appended.
 - relu(k x + b) = k (a - t) with a = max(x, t), t = -b / k (min where k < 0). The slope k goes into the 1x1 convolution that
-  follows, the offset into its bias. One comparison per element remains of norm and relu, and nothing is rounded between the
-  buffer and the convolution. Pooling commutes with all of it, so it comes before the convolution.
+  follows, the offset into its bias. One comparison per element remains of norm and relu. Pooling commutes with all of it, so it
+  comes before the convolution.
+- A 1x1 convolution is a product of matrices (pixels, channels), which starts faster than a convolution does.
 - The gradient through mean and variance is a projection that depends on the channel only. The layers' gradients are summed
   first, and projected once, when the channel's own gradient is needed.
+- Before norm2 a bias has no gradient. So the gradients of norm1 and conv1 need no sum over the bottleneck's.
 """
 
 from collections.abc import Sequence
@@ -27,13 +30,6 @@ from torch.autograd.function import once_differentiable
 _MIN_SLOPE = 1e-20  # replaces a slope of 0, which has no kink; within the range of float32 and bfloat16
 
 
-class Moments(NamedTuple):
-    """Each channel's mean and sqrt(biased variance + eps) over the batch, (C,) float32 (float64 for float64)."""
-
-    mean: Tensor
-    deviation: Tensor
-
-
 class Affine(NamedTuple):
     """BatchNorm's weight and bias, (C,) each."""
 
@@ -41,14 +37,23 @@ class Affine(NamedTuple):
     bias: Tensor
 
 
+class Moments(NamedTuple):
+    """Each channel's mean and 1 / sqrt(biased variance + eps) over the batch, (C,) float32 (float64 for float64)."""
+
+    mean: Tensor
+    inverse: Tensor
+
+
 class ReluParameters(NamedTuple):
     """relu(weight * x + bias) of normalized x as weight * (max(x, kink) - kink) + least, (C,) each; min where weight < 0."""
 
     weight: Tensor  # never 0
     kink: Tensor
+    offset: Tensor  # least - weight * kink
     least: Tensor  # 0, except where the kink is out of reach
-    floor: Tensor  # kink + floor is the lower bound of a clamp: 0, or -inf where weight < 0; the buffer's dtype
-    ceiling: Tensor  # kink + ceiling is the upper bound: inf, or 0 where weight < 0
+    limit: Tensor  # the kink in the buffer's dtype
+    low: Tensor  # the lower bound of a clamp: the kink, or -inf where weight < 0; the buffer's dtype
+    high: Tensor  # the upper bound: inf, or the kink where weight < 0
     falling: bool  # some weight is negative: both bounds are needed
 
     @classmethod
@@ -61,83 +66,78 @@ class ReluParameters(NamedTuple):
         weight = torch.where(weight == 0, _MIN_SLOPE, weight)
         kink = torch.clamp(-bias / weight, -(num**0.5), num**0.5)
         least = torch.relu(torch.addcmul(bias, weight, kink))
-        falls, zero = weight < 0, torch.zeros_like(weight, dtype=dtype)
-        floor, ceiling = torch.where(falls, -torch.inf, zero), torch.where(falls, zero, torch.inf)
+        offset = torch.addcmul(least, weight, kink, value=-1)
+        falls, limit = weight < 0, kink.to(dtype)
+        low, high = torch.where(falls, -torch.inf, limit), torch.where(falls, limit, torch.inf)
         sizes = [len(norm.weight) for norm in norms]
-        by_norm = zip(*(tensor.split(sizes) for tensor in (weight, kink, least, floor, ceiling, falls)), strict=True)
+        fields = (tensor.split(sizes) for tensor in (weight, kink, offset, least, limit, low, high, falls))
         any_falls = not weight.is_cuda and bool(falls.any())  # on a GPU the check costs more than the clamp
         return [
-            ReluParameters(w, k, least, low, high, weight.is_cuda or (any_falls and bool(falling.any())))
-            for w, k, least, low, high, falling in by_norm
+            cls(w, k, o, least, at, low, high, weight.is_cuda or (any_falls and bool(falling.any())))
+            for w, k, o, least, at, low, high, falling in zip(*fields, strict=True)
         ]
 
 
 class NormReluConv:
-    """relu(norm(x)) of C channels and the 1x1 convolution after it, as a convolution of a = max(x, kink).
+    """relu(norm(x)) of normalized x and the 1x1 convolution after it, as a product with a = max(x, kink).
 
-    relu(norm(x)) = slope * (a - kink) + least, (C,) float32 each. `clip` uses the kink in x's dtype.
+    relu(norm(x)) = weight * (a - kink) + least with the norm's ReluParameters. `clip` uses the kink in x's dtype.
     """
 
-    def __init__(self, x: Tensor, moments: Moments, relu: ReluParameters, weight: Tensor, pool: bool = False) -> None:
-        """Take x (N, C, h, w), a slice of the buffer, and the convolution's weight (O, C, ...). `pool` halves h and w."""
-        self.x, self.moments, self.relu, self.pool = x, moments, relu, pool
-        self.weight = weight.flatten(1)  # (O, C)
-        self.slope = relu.weight / moments.deviation
-        self.kink = torch.addcmul(moments.mean, moments.deviation, relu.kink)
-        self.limit = self.kink.to(x.dtype)[:, None, None]  # (C, 1, 1)
-        self.scaled = (self.weight * self.slope).to(x.dtype)[:, :, None, None]  # (O, C, 1, 1)
+    def __init__(self, relu: ReluParameters) -> None:
+        self._relu = relu
+        self._scaled = torch.empty(0)  # (O, C): the convolution's weight times the norm's, in x's dtype
 
-    def clip(self) -> Tensor:
-        """Return a (N, C, h, w): max(x, kink), or min where the slope is negative."""
-        a = _empty(self.x, self.x.shape[1])
-        if not self.relu.falling:
-            return torch.maximum(self.x, self.limit, out=a)
-        low, high = (self.limit + bound[:, None, None] for bound in (self.relu.floor, self.relu.ceiling))
-        return torch.clamp(self.x, low, high, out=a)
+    def clip(self, x: Tensor) -> Tensor:
+        """Return a of x (P, C): max(x, kink), or min where the norm's weight is negative."""
+        relu = self._relu
+        return torch.clamp(x, relu.low, relu.high) if relu.falling else torch.maximum(x, relu.limit)
 
-    def forward(self, bias: Tensor | None = None) -> Tensor:
-        """Return the output, (N, O, h, w), or half of h and w."""
-        a = self.clip()
-        shift = torch.mv(self.weight, torch.addcmul(self.relu.least, self.slope, self.kink, value=-1))
-        if bias is not None:
-            shift = shift + bias
-        return F.conv2d(F.avg_pool2d(a, 2) if self.pool else a, self.scaled, shift.to(a.dtype))
+    def forward(self, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the output (P, O) for a (P, C), clipped and perhaps pooled, and the convolution's weight (O, C, ...)."""
+        weight, relu = weight.flatten(1), self._relu
+        shift = torch.mv(weight, relu.offset)
+        self._scaled = torch.mul(weight, relu.weight, out=torch.empty_like(weight, dtype=a.dtype))
+        return F.linear(a, self._scaled, (shift if bias is None else shift + bias).to(a.dtype))
 
-    def backward(self, grad: Tensor, identity: Affine) -> tuple[tuple[Tensor, Tensor], Affine, Tensor, Tensor]:
-        """Return the gradients of x with constant moments, of the norm, of the weight (O, C) and of the bias.
+    def backward(self, grad: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient of a, (P, C), and the product of `grad` (P, O) and a over the pixels, (O, C) float32."""
+        return grad @ self._scaled, (grad.T @ a).to(self._relu.weight.dtype)
+
+    def passed_(self, a: Tensor) -> Tensor:
+        """Return, in place of a (P, C), 0 where it is clipped, else 1."""
+        return torch.ne(a, self._relu.limit, out=a)
+
+    def grad_parameters(
+        self, inner: Tensor, passing: Tensor, weight: Tensor, grad_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of the norm's weight and bias and of the convolution's weight.
 
         Args:
-            grad: of the output.
-            identity: weight 1 and bias 0, float32 (at least C,) each.
-
-        Returns:
-            The gradient of x as two factors (N, C, h, w), the second 0 or 1, so that the caller multiplies while it adds. Then
-            the gradients of the norm, the weight and the bias.
+            inner: the product of the output's gradient and a over the pixels, (O, C).
+            passing: the gradient of a where it is not clipped, summed over the pixels, (C,).
+            weight: the convolution's weight (O, C, ...).
+            grad_bias: the output's gradient summed over the pixels, (O,). None if it is 0, as before a norm.
         """
-        a = self.clip()
-        pooled = F.avg_pool2d(a, 2) if self.pool else a
-        grad_a, raw, grad_bias = _convolution_backward(grad, pooled, self.scaled, 0, bias=True)
-        if self.pool:
-            grad_a = torch.ops.aten.avg_pool2d_backward(grad_a, a, [2, 2], [2, 2], [0, 0], False, True, None)
-        passed = torch.ne(a, self.limit, out=a)  # 0 where it is clipped, else 1
-        grad_bias = grad_bias.to(self.slope.dtype)
-        above = torch.addr(raw.flatten(1).to(self.slope.dtype), grad_bias, self.kink, alpha=-1)  # of a - kink
-        grad_weight = (above * self.slope).addr_(grad_bias, self.relu.least)
-        grad_shift = _sum_products(grad_a, passed, *(tensor[: len(self.slope)] for tensor in identity)) / self.slope
-        grad_scale = (self.weight * above).sum(0) / self.moments.deviation
-        return (
-            (grad_a, passed),
-            Affine(grad_scale.addcmul_(self.relu.kink, grad_shift), grad_shift),
-            grad_weight,
-            grad_bias,
-        )
+        relu = self._relu
+        if grad_bias is not None:
+            inner = torch.addr(inner, grad_bias, relu.kink, alpha=-1)  # of a - kink
+        grad_shift = passing / relu.weight
+        grad_scale = (weight.flatten(1) * inner).sum(0).addcmul_(relu.kink, grad_shift)
+        grad_weight = inner * relu.weight
+        if grad_bias is not None:
+            grad_weight.addr_(grad_bias, relu.least)
+        return grad_scale, grad_shift, grad_weight.view_as(weight)
 
 
-def _sum_products(x: Tensor, y: Tensor, unit: Tensor, zero: Tensor) -> Tensor:
-    """Sum x * y over all but the channels, (C,) float32, with BatchNorm's kernel for the gradient of its weight."""
-    mask = [False, True, False]  # of the gradients: only the weight's
-    _, sums, _ = torch.ops.aten.native_batch_norm_backward(x, y, unit, None, None, zero, unit, True, 0.0, mask)
-    return sums
+def _pixels(x: Tensor) -> Tensor:
+    """Return x (N, C, h, w), in channels-last order, as a matrix (N * h * w, C)."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _images(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a matrix (N * h * w, C) as (N, C, h, w), for a size (N, h, w)."""
+    return x.unflatten(0, size).permute(0, 3, 1, 2)
 
 
 def _empty(x: Tensor, channels: int) -> Tensor:
@@ -146,19 +146,10 @@ def _empty(x: Tensor, channels: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, padding: int, *, bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of (x, weight, bias) of a convolution of stride 1."""
-    sizes, pad, unit = [len(weight)] if bias else None, [padding] * 2, [1, 1]
-    mask = [True, True, bias]
-    return torch.ops.aten.convolution_backward(grad, x, weight, sizes, unit, pad, unit, False, [0, 0], 1, mask)
-
-
 def _norm_backward(grad: Tensor, x: Tensor, moments: Moments, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of (x, weight, bias) of a BatchNorm in training; inputs in channels-last order."""
     return torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, None, None, moments.mean, 1 / moments.deviation, True, 0.0, [True, True, True]
+        grad, x, weight, None, None, *moments, True, 0.0, [True, True, True]
     )
 
 
@@ -168,38 +159,53 @@ def _momentum(norm: nn.BatchNorm2d) -> float:
 
 
 class Features:
-    """The buffer of a block: values (N, C, h, w) in channels-last order, each channel's moments, the filled channels."""
+    """The buffer of a block: normalized values (N, C, h, w) in channels-last order, of which the first channels are filled.
 
-    def __init__(self, values: Tensor, moments: Moments, num_filled: int) -> None:
-        self.values, self.moments, self.num_filled = values, moments, num_filled
+    Attributes:
+        values: the normalized values.
+        inverse: 1 / sqrt(biased variance + eps) of each channel before it was normalized, (C,).
+        num_filled: the number of filled channels.
+    """
+
+    def __init__(self, values: Tensor, inverse: Tensor, num_filled: int) -> None:
+        self.values, self.inverse, self.num_filled = values, inverse, num_filled
+        self._pixels, self._size = _pixels(values), (len(values), *values.shape[2:])
+        self._identity = Moments(torch.zeros_like(inverse), torch.ones_like(inverse))
 
     @classmethod
     def empty(cls, x: Tensor, channels: int) -> "Features":
         """Allocate an empty buffer of x's batch, size and dtype."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        mean, deviation = (torch.zeros(channels, dtype=dtype, device=x.device) for _ in range(2))
-        return cls(_empty(x, channels), Moments(mean, deviation), 0)
+        return cls(_empty(x, channels), torch.empty(channels, dtype=dtype, device=x.device), 0)
 
-    def append(self, new: Tensor, eps: float, unbiased: Tensor) -> None:
-        """Append channels; write their unbiased variance to the same channels of `unbiased` (C,)."""
+    @property
+    def pixels(self) -> Tensor:
+        """The channels filled so far, (P, C)."""
+        return self._pixels[:, : self.num_filled]
+
+    def append(self, new: Tensor, eps: float, mean: Tensor, unbiased: Tensor) -> None:
+        """Normalize and append channels; write their mean and unbiased variance to the same channels of two vectors (C,)."""
         channels = slice(self.num_filled, self.num_filled + new.shape[1])
-        self.values[:, channels] = new
-        _, variance = torch.batch_norm_update_stats(new, self.moments.mean[channels], unbiased[channels], 1.0)
-        torch.sqrt(variance.add_(eps), out=self.moments.deviation[channels])
+        statistics = mean[channels], unbiased[channels]  # "running" ones of momentum 1
+        normalized, _, inverse = torch.native_batch_norm(new, None, None, *statistics, True, 1.0, eps)
+        self.values[:, channels], self.inverse[channels] = normalized, inverse
         self.num_filled = channels.stop
 
     def pop_gradient(self, total: Tensor, number: int) -> Tensor:
-        """Drop the last `number` channels and return their gradient; `total` (N, C, h, w) is that with constant moments."""
+        """Drop the last `number` channels and return their gradient before the norm; `total` (P, C) is that after it."""
         channels = slice(self.num_filled - number, self.num_filled)
         self.num_filled = channels.start
-        moments = Moments(*(moment[channels] for moment in self.moments))
-        grad, x = (tensor[:, channels].contiguous(memory_format=torch.channels_last) for tensor in (total, self.values))
-        return _norm_backward(grad, x, moments, moments.deviation)[0]
+        values = self.values[:, channels].contiguous(memory_format=torch.channels_last)
+        grad = _images(total[:, channels].contiguous(), self._size)
+        identity = Moments(*(moment[channels] for moment in self._identity))
+        return _norm_backward(grad, values, identity, self.inverse[channels])[0]
 
-    def norm_relu_conv(self, relu: ReluParameters, weight: Tensor, *, pool: bool = False) -> NormReluConv:
-        """Return the operation that reads the channels filled so far."""
-        moments = Moments(*(moment[: self.num_filled] for moment in self.moments))
-        return NormReluConv(self.values[:, : self.num_filled], moments, relu, weight, pool)
+    def sum_products(self, x: Tensor, y: Tensor) -> Tensor:
+        """Sum x * y (P, C) over the pixels, (C,) float32, with BatchNorm's kernel for the gradient of its weight."""
+        zero, unit = (moment[: x.shape[1]] for moment in self._identity)
+        mask = [False, True, False]  # of the gradients of a BatchNorm: only its weight's
+        images = _images(x, self._size), _images(y, self._size)
+        return torch.ops.aten.native_batch_norm_backward(*images, unit, None, None, zero, unit, True, 0.0, mask)[1]
 
 
 class Layer(NamedTuple):
@@ -308,37 +314,37 @@ def _group_parameters(parameters: Sequence[Any]) -> tuple[list[Layer], Tail]:
     return layers, Tail(*parameters[-len(Tail._fields) :])
 
 
-def _compute_moments(x: Tensor, norm: nn.BatchNorm2d) -> Moments:
-    """Compute the moments of x (N, C, h, w), and update the norm's running statistics in place."""
-    mean, variance = torch.batch_norm_update_stats(x, norm.running_mean, norm.running_var, _momentum(norm))
-    return Moments(mean, variance.add_(norm.eps).sqrt_())
+def _train_norm_relu(x: Tensor, norm: nn.BatchNorm2d, affine: Affine) -> tuple[Tensor, Moments]:
+    """Return relu(norm(x)) of x (N, C, h, w) and its moments, and update the norm's running statistics in place."""
+    running = norm.running_mean, norm.running_var
+    y, *moments = torch.native_batch_norm(x, *affine, *running, True, _momentum(norm), norm.eps)
+    return y.relu_(), Moments(*moments)
 
 
-def _norm_relu(x: Tensor, moments: Moments, norm: Affine) -> Tensor:
-    """Return relu(norm(x)), in x's dtype."""
-    # Eval mode's formula with the moments as running statistics; eps is in the deviation already.
-    mean, deviation = moments
-    y, _, _ = torch.native_batch_norm(x, *norm, mean, deviation.square(), False, 0.0, 0.0)
+def _norm_relu(x: Tensor, moments: Moments, affine: Affine) -> Tensor:
+    """Return relu(norm(x)) once more, in x's dtype."""
+    # Eval mode's formula with the moments as running statistics; eps is in them already.
+    y, _, _ = torch.native_batch_norm(x, *affine, moments.mean, moments.inverse.pow(-2), False, 0.0, 0.0)
     return y.relu_()
 
 
 class _Stem(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor) -> Tensor:
-        moments = _compute_moments(x, norm)
+        y, moments = _train_norm_relu(x, norm, Affine(weight, bias))
         ctx.save_for_backward(x, *moments, weight, bias)
-        return F.max_pool2d(_norm_relu(x, moments, Affine(weight, bias)), 3, 2, 1)
+        return F.max_pool2d(y, 3, 2, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, mean, deviation, *norm = ctx.saved_tensors
-        y = _norm_relu(x, Moments(mean, deviation), Affine(*norm))
+        x, mean, inverse, *affine = ctx.saved_tensors
+        y = _norm_relu(x, Moments(mean, inverse), Affine(*affine))
         window = [3, 3], [2, 2], [1, 1], [1, 1], False
         _, indices = torch.ops.aten.max_pool2d_with_indices(y, *window)
         grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, y, *window, indices)
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        grad, weight, bias = _norm_backward(grad, x, Moments(mean, deviation), norm[0])
+        grad, weight, bias = _norm_backward(grad, x, Moments(mean, inverse), affine[0])
         return grad, None, weight, bias
 
 
@@ -346,55 +352,80 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norms: Norms, pool: bool, *parameters: Tensor | None) -> Tensor:
         layers, tail = _group_parameters(parameters)
-        eps = norms.tail.eps
-        features = Features.empty(x, x.shape[1] + sum(len(layer.conv2) for layer in layers))
-        unbiased = torch.zeros_like(features.moments.mean)  # zeros: a lerp from NaN with weight 1 is still NaN
-        features.append(x, eps, unbiased)
-        relus = ReluParameters.from_norms(
-            [*(layer.norm1 for layer in layers), tail.norm], x.numel() // x.shape[1], x.dtype
-        )
+        batch, channels, height, width = x.shape
+        features = Features.empty(x, channels + sum(len(layer.conv2) for layer in layers))
+        # Zeros: a running statistic of momentum 1 is multiplied by 0, and 0 x NaN is NaN.
+        mean, unbiased = torch.zeros_like(features.inverse), torch.zeros_like(features.inverse)
+        features.append(x, norms.tail.eps, mean, unbiased)
+        affines = [*(layer.norm1 for layer in layers), tail.norm]
+        operations = [NormReluConv(relu) for relu in ReluParameters.from_norms(affines, x.numel() // channels, x.dtype)]
         saved: list[Tensor] = []
-        for (_, norm2), relu, layer in zip(norms.layers, relus, layers, strict=False):
-            bottleneck = features.norm_relu_conv(relu, layer.conv1).forward()
-            moments = _compute_moments(bottleneck, norm2)
-            features.append(
-                F.conv2d(_norm_relu(bottleneck, moments, layer.norm2), layer.conv2.to(x.dtype), padding=1),
-                eps,
-                unbiased,
-            )
-            saved += [bottleneck, *moments]
-        norms.update_running(features.moments.mean, unbiased)
-        ctx.pool, ctx.relus, ctx.num_saved = pool, relus, len(saved)
-        ctx.save_for_backward(features.values, *features.moments, *saved, *parameters)
-        return features.norm_relu_conv(relus[-1], tail.conv, pool=pool).forward(tail.bias)
+        for (_, norm2), operation, layer in zip(norms.layers, operations, layers, strict=False):
+            bottleneck = operation.forward(operation.clip(features.pixels), layer.conv1)
+            bottleneck = _images(bottleneck, (batch, height, width))
+            y, moments = _train_norm_relu(bottleneck, norm2, layer.norm2)
+            weight = layer.conv2.to(x.dtype)
+            features.append(F.conv2d(y, weight, padding=1), norms.tail.eps, mean, unbiased)
+            saved += [bottleneck, *moments, weight]
+        norms.update_running(mean, unbiased)
+        a = operations[-1].clip(features.pixels)
+        if pool:
+            a = _pixels(F.avg_pool2d(_images(a, (batch, height, width)), 2))
+            height, width = height // 2, width // 2
+        ctx.pool, ctx.operations = pool, operations
+        ctx.save_for_backward(features.values, features.inverse, *saved, *parameters)
+        return _images(operations[-1].forward(a, tail.conv, tail.bias), (batch, height, width))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        values, mean, deviation, *tensors = ctx.saved_tensors
-        saved, parameters = tensors[: ctx.num_saved], tensors[ctx.num_saved :]
-        layers, tail = _group_parameters(parameters)
-        features = Features(values, Moments(mean, deviation), values.shape[1])
-        identity = Affine(torch.ones_like(mean), torch.zeros_like(mean))
-        operation = features.norm_relu_conv(ctx.relus[-1], tail.conv, pool=ctx.pool)
-        (total, passed), norm, weight, bias = operation.backward(grad, identity)
-        total.mul_(passed)  # (N, C, h, w): of the buffer, with constant moments
-        gradients = [[*norm, weight.view_as(tail.conv), None if tail.bias is None else bias]]
+        values, inverse, *tensors = ctx.saved_tensors
+        layers, tail = _group_parameters(tensors[4 * len(ctx.operations[:-1]) :])
+        features = Features(values, inverse, values.shape[1])
+        total, grads = _backward_tail(grad, features, ctx.operations[-1], tail, pool=ctx.pool)
+        gradients = [grads]
         for index in reversed(range(len(layers))):
-            layer, bottleneck, moments = layers[index], saved[3 * index], Moments(*saved[3 * index + 1 : 3 * index + 3])
+            layer, operation = layers[index], ctx.operations[index]
+            bottleneck, mean, inverse, weight = tensors[4 * index : 4 * index + 4]
             grad = features.pop_gradient(total, len(layer.conv2))
-            grad, grad2 = _backward2(grad, bottleneck, moments, layer)
-            factors, norm, weight, _ = features.norm_relu_conv(ctx.relus[index], layer.conv1).backward(grad, identity)
-            total[:, : features.num_filled].addcmul_(*factors)
-            gradients.append([*norm, weight.view_as(layer.conv1), *grad2])
+            grad, *grads = _backward2(grad, bottleneck, Moments(mean, inverse), layer.norm2, weight)
+            a = operation.clip(features.pixels)
+            grad_a, inner = operation.backward(_pixels(grad), a)
+            passed = operation.passed_(a)
+            passing = features.sum_products(grad_a, passed)
+            total[:, : features.num_filled].addcmul_(grad_a, passed)
+            gradients.append([*operation.grad_parameters(inner, passing, layer.conv1), *grads])
         grad_x = features.pop_gradient(total, features.num_filled)
         return grad_x, None, None, *(gradient for group in reversed(gradients) for gradient in group)
 
 
-def _backward2(grad: Tensor, bottleneck: Tensor, moments: Moments, layer: Layer) -> tuple[Tensor, list[Tensor]]:
+def _backward_tail(
+    grad: Tensor, features: Features, operation: NormReluConv, tail: Tail, *, pool: bool
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the gradients of the features, (P, C), and of the tail's parameters."""
+    size = (len(features.values), *features.values.shape[2:])
+    a = operation.clip(features.pixels)
+    images = _images(a, size)
+    grad = _pixels(grad.contiguous(memory_format=torch.channels_last))
+    grad_a, inner = operation.backward(grad, _pixels(F.avg_pool2d(images, 2)) if pool else a)
+    if pool:
+        pooled = _images(grad_a, (size[0], size[1] // 2, size[2] // 2))
+        window = [2, 2], [2, 2], [0, 0], False, True, None
+        grad_a = _pixels(torch.ops.aten.avg_pool2d_backward(pooled, images, *window))
+    passed = operation.passed_(a)
+    passing = features.sum_products(grad_a, passed)
+    grad_bias = grad.sum(0, dtype=inner.dtype)
+    gradients = operation.grad_parameters(inner, passing, tail.conv, grad_bias)
+    return grad_a.mul_(passed), [*gradients, None if tail.bias is None else grad_bias]
+
+
+def _backward2(
+    grad: Tensor, bottleneck: Tensor, moments: Moments, norm: Affine, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the bottleneck and of (scale2, shift2, conv2), through conv2, relu and norm2."""
-    y = _norm_relu(bottleneck, moments, layer.norm2)
-    grad, weight, _ = _convolution_backward(grad, y, layer.conv2.to(y.dtype), 1, bias=False)
+    y = _norm_relu(bottleneck, moments, norm)
+    options = None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]  # stride and padding 1
+    grad, grad_weight, _ = torch.ops.aten.convolution_backward(grad, y, weight, *options)
     grad = torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
-    grad, scale, shift = _norm_backward(grad, bottleneck, moments, layer.scale2)
-    return grad, [scale, shift, weight.to(layer.conv2.dtype)]
+    grad, scale, shift = _norm_backward(grad, bottleneck, moments, norm.weight)
+    return grad, scale, shift, grad_weight.to(norm.weight.dtype)
