@@ -18,15 +18,18 @@ and recomputes the rest. Why it is cheaper than 86 concatenations, and equal to 
 - Before norm2 a bias has no gradient. So the gradients of norm1 and conv1 need no sum over the bottleneck's.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+_T = TypeVar("_T")
+_MAX_PIXELS = 512  # up to here products of matrices are faster than torch's backward of a 3x3 convolution on a CPU
 _MIN_SLOPE = 1e-20  # replaces a slope of 0, which has no kink; within the range of float32 and bfloat16
 
 
@@ -42,6 +45,10 @@ class Moments(NamedTuple):
 
     mean: Tensor
     inverse: Tensor
+
+    def first(self, number: int) -> "Moments":
+        """Return those of the first channels."""
+        return Moments(self.mean.narrow(0, 0, number), self.inverse.narrow(0, 0, number))
 
 
 class ReluParameters(NamedTuple):
@@ -101,8 +108,8 @@ class NormReluConv:
         return F.linear(a, self._scaled, (shift if bias is None else shift + bias).to(a.dtype))
 
     def backward(self, grad: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient of a, (P, C), and the product of `grad` (P, O) and a over the pixels, (O, C) float32."""
-        return grad @ self._scaled, (grad.T @ a).to(self._relu.weight.dtype)
+        """Return the gradient of a, (P, C), and the product of `grad` (P, O) and a over the pixels, (O, C)."""
+        return grad @ self._scaled, grad.T @ a
 
     def passed_(self, a: Tensor) -> Tensor:
         """Return, in place of a (P, C), 0 where it is clipped, else 1."""
@@ -121,7 +128,7 @@ class NormReluConv:
         """
         relu = self._relu
         if grad_bias is not None:
-            inner = torch.addr(inner, grad_bias, relu.kink, alpha=-1)  # of a - kink
+            inner = torch.addr(inner.to(relu.kink.dtype), grad_bias, relu.kink, alpha=-1)  # of a - kink
         grad_shift = passing / relu.weight
         grad_scale = (weight.flatten(1) * inner).sum(0).addcmul_(relu.kink, grad_shift)
         grad_weight = inner * relu.weight
@@ -138,12 +145,6 @@ def _pixels(x: Tensor) -> Tensor:
 def _images(x: Tensor, size: Sequence[int]) -> Tensor:
     """Return a matrix (N * h * w, C) as (N, C, h, w), for a size (N, h, w)."""
     return x.unflatten(0, size).permute(0, 3, 1, 2)
-
-
-def _empty(x: Tensor, channels: int) -> Tensor:
-    """Return an uninitialized (N, channels, h, w) in channels-last order."""
-    shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _norm_backward(grad: Tensor, x: Tensor, moments: Moments, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,46 +164,52 @@ class Features:
 
     Attributes:
         values: the normalized values.
-        inverse: 1 / sqrt(biased variance + eps) of each channel before it was normalized, (C,).
+        inverses: 1 / sqrt(biased variance + eps) of the channels before they were normalized, a vector for each `append`.
         num_filled: the number of filled channels.
     """
 
-    def __init__(self, values: Tensor, inverse: Tensor, num_filled: int) -> None:
-        self.values, self.inverse, self.num_filled = values, inverse, num_filled
+    def __init__(self, values: Tensor, inverses: Sequence[Tensor], num_filled: int) -> None:
+        self.values, self.inverses, self.num_filled = values, [*inverses], num_filled
         self._pixels, self._size = _pixels(values), (len(values), *values.shape[2:])
-        self._identity = Moments(torch.zeros_like(inverse), torch.ones_like(inverse))
 
     @classmethod
     def empty(cls, x: Tensor, channels: int) -> "Features":
         """Allocate an empty buffer of x's batch, size and dtype."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return cls(_empty(x, channels), torch.empty(channels, dtype=dtype, device=x.device), 0)
+        shape = (x.shape[0], channels, *x.shape[2:])
+        values = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        return cls(values, [], 0)
 
     @property
     def pixels(self) -> Tensor:
         """The channels filled so far, (P, C)."""
-        return self._pixels[:, : self.num_filled]
+        return self._pixels.narrow(1, 0, self.num_filled)
 
     def append(self, new: Tensor, eps: float, mean: Tensor, unbiased: Tensor) -> None:
-        """Normalize and append channels; write their mean and unbiased variance to the same channels of two vectors (C,)."""
-        channels = slice(self.num_filled, self.num_filled + new.shape[1])
-        statistics = mean[channels], unbiased[channels]  # "running" ones of momentum 1
-        normalized, _, inverse = torch.native_batch_norm(new, None, None, *statistics, True, 1.0, eps)
-        self.values[:, channels], self.inverse[channels] = normalized, inverse
-        self.num_filled = channels.stop
+        """Normalize and append channels; write their mean and unbiased variance to two vectors of zeros."""
+        # "Running" statistics of momentum 1. They are multiplied by 0, and 0 x NaN is NaN.
+        normalized, _, inverse = torch.native_batch_norm(new, None, None, mean, unbiased, True, 1.0, eps)
+        self.values.narrow(1, self.num_filled, new.shape[1]).copy_(normalized)
+        self.inverses.append(inverse)
+        self.num_filled += new.shape[1]
 
-    def pop_gradient(self, total: Tensor, number: int) -> Tensor:
-        """Drop the last `number` channels and return their gradient before the norm; `total` (P, C) is that after it."""
-        channels = slice(self.num_filled - number, self.num_filled)
-        self.num_filled = channels.start
-        values = self.values[:, channels].contiguous(memory_format=torch.channels_last)
-        grad = _images(total[:, channels].contiguous(), self._size)
-        identity = Moments(*(moment[channels] for moment in self._identity))
-        return _norm_backward(grad, values, identity, self.inverse[channels])[0]
+    def pop_gradient(self, total: Tensor, identity: Moments) -> Tensor:
+        """Drop the channels of the last `append` and return their gradient before the norm.
 
-    def sum_products(self, x: Tensor, y: Tensor) -> Tensor:
+        Args:
+            total: the gradient after the norm, (P, C).
+            identity: mean 0 and deviation 1, (at least C,) each.
+        """
+        inverse = self.inverses.pop()
+        number = len(inverse)
+        self.num_filled -= number
+        channels = 1, self.num_filled, number
+        values = self.values.narrow(*channels).contiguous(memory_format=torch.channels_last)
+        grad = _images(total.narrow(*channels).contiguous(), self._size)
+        return _norm_backward(grad, values, identity.first(number), inverse)[0]
+
+    def sum_products(self, x: Tensor, y: Tensor, identity: Moments) -> Tensor:
         """Sum x * y (P, C) over the pixels, (C,) float32, with BatchNorm's kernel for the gradient of its weight."""
-        zero, unit = (moment[: x.shape[1]] for moment in self._identity)
+        zero, unit = identity.first(x.shape[1])
         mask = [False, True, False]  # of the gradients of a BatchNorm: only its weight's
         images = _images(x, self._size), _images(y, self._size)
         return torch.ops.aten.native_batch_norm_backward(*images, unit, None, None, zero, unit, True, 0.0, mask)[1]
@@ -227,6 +234,17 @@ class Layer(NamedTuple):
     def norm2(self) -> Affine:
         """The parameters of the second norm."""
         return Affine(self.scale2, self.shift2)
+
+
+class Kept(NamedTuple):
+    """What one dense layer keeps for backward."""
+
+    bottleneck: Tensor  # (N, 128, h, w), before norm2
+    mean: Tensor  # of the bottleneck, (128,)
+    inverse: Tensor  # 1 / sqrt(variance)
+    variance: Tensor  # biased, plus eps
+    kernel: Tensor  # conv2's weight in the buffer's dtype
+    out_inverse: Tensor  # 1 / sqrt(biased variance + eps) of the new channels
 
 
 class Tail(NamedTuple):
@@ -308,10 +326,14 @@ def dense_block(
         return _Block.apply(x, norms, pool, *parameters, norm.weight, norm.bias, conv, bias)
 
 
+def _group(tensors: Sequence[Any], kind: Callable[..., _T], size: int) -> list[_T]:
+    """Return consecutive groups of `size` tensors, each as a `kind`."""
+    return [kind(*tensors[start : start + size]) for start in range(0, len(tensors), size)]
+
+
 def _group_parameters(parameters: Sequence[Any]) -> tuple[list[Layer], Tail]:
-    size = len(Layer._fields)
-    layers = [Layer(*parameters[start : start + size]) for start in range(0, len(parameters) - len(Tail._fields), size)]
-    return layers, Tail(*parameters[-len(Tail._fields) :])
+    num_tail = len(Tail._fields)
+    return _group(parameters[:-num_tail], Layer, len(Layer._fields)), Tail(*parameters[-num_tail:])
 
 
 def _train_norm_relu(x: Tensor, norm: nn.BatchNorm2d, affine: Affine) -> tuple[Tensor, Moments]:
@@ -353,54 +375,58 @@ class _Block(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, norms: Norms, pool: bool, *parameters: Tensor | None) -> Tensor:
         layers, tail = _group_parameters(parameters)
         batch, channels, height, width = x.shape
-        features = Features.empty(x, channels + sum(len(layer.conv2) for layer in layers))
-        # Zeros: a running statistic of momentum 1 is multiplied by 0, and 0 x NaN is NaN.
-        mean, unbiased = torch.zeros_like(features.inverse), torch.zeros_like(features.inverse)
-        features.append(x, norms.tail.eps, mean, unbiased)
+        widths = [channels, *(len(layer.conv2) for layer in layers)]
+        features = Features.empty(x, sum(widths))
+        statistics = x.new_zeros((2, sum(widths)), dtype=torch.promote_types(x.dtype, torch.float32))
+        means, variances = (statistic.split(widths) for statistic in statistics)
+        features.append(x, norms.tail.eps, means[0], variances[0])
         affines = [*(layer.norm1 for layer in layers), tail.norm]
         operations = [NormReluConv(relu) for relu in ReluParameters.from_norms(affines, x.numel() // channels, x.dtype)]
-        saved: list[Tensor] = []
-        for (_, norm2), operation, layer in zip(norms.layers, operations, layers, strict=False):
-            bottleneck = operation.forward(operation.clip(features.pixels), layer.conv1)
-            bottleneck = _images(bottleneck, (batch, height, width))
+        kept: list[Kept] = []
+        for (_, norm2), operation, layer, *statistic in zip(
+            norms.layers, operations, layers, means[1:], variances[1:], strict=False
+        ):
+            bottleneck = _images(
+                operation.forward(operation.clip(features.pixels), layer.conv1), (batch, height, width)
+            )
             y, moments = _train_norm_relu(bottleneck, norm2, layer.norm2)
-            weight = layer.conv2.to(x.dtype)
-            features.append(F.conv2d(y, weight, padding=1), norms.tail.eps, mean, unbiased)
-            saved += [bottleneck, *moments, weight]
-        norms.update_running(mean, unbiased)
+            kernel = layer.conv2.to(x.dtype)
+            features.append(F.conv2d(y, kernel, padding=1), norms.tail.eps, *statistic)
+            kept.append(Kept(bottleneck, *moments, moments.inverse.pow(-2), kernel, features.inverses[-1]))
+        norms.update_running(*statistics)
         a = operations[-1].clip(features.pixels)
         if pool:
             a = _pixels(F.avg_pool2d(_images(a, (batch, height, width)), 2))
             height, width = height // 2, width // 2
         ctx.pool, ctx.operations = pool, operations
-        ctx.save_for_backward(features.values, features.inverse, *saved, *parameters)
+        ctx.save_for_backward(features.values, features.inverses[0], *itertools.chain(*kept), *parameters)
         return _images(operations[-1].forward(a, tail.conv, tail.bias), (batch, height, width))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         values, inverse, *tensors = ctx.saved_tensors
-        layers, tail = _group_parameters(tensors[4 * len(ctx.operations[:-1]) :])
-        features = Features(values, inverse, values.shape[1])
-        total, grads = _backward_tail(grad, features, ctx.operations[-1], tail, pool=ctx.pool)
-        gradients = [grads]
-        for index in reversed(range(len(layers))):
-            layer, operation = layers[index], ctx.operations[index]
-            bottleneck, mean, inverse, weight = tensors[4 * index : 4 * index + 4]
-            grad = features.pop_gradient(total, len(layer.conv2))
-            grad, *grads = _backward2(grad, bottleneck, Moments(mean, inverse), layer.norm2, weight)
+        num_layers = len(ctx.operations) - 1
+        num_kept = num_layers * len(Kept._fields)
+        kept = _group(tensors[:num_kept], Kept, len(Kept._fields))
+        layers, tail = _group_parameters(tensors[num_kept:])
+        features = Features(values, [inverse, *(each.out_inverse for each in kept)], values.shape[1])
+        identity = Moments(inverse.new_zeros(values.shape[1]), inverse.new_ones(values.shape[1]))
+        total, gradients = _backward_tail(grad, features, ctx.operations[-1], tail, identity, pool=ctx.pool)
+        for layer, operation, own in zip(reversed(layers), reversed(ctx.operations[:-1]), reversed(kept), strict=True):
+            grad = features.pop_gradient(total, identity)
+            grad, *grads = _backward2(grad, own, layer.norm2)
             a = operation.clip(features.pixels)
             grad_a, inner = operation.backward(_pixels(grad), a)
             passed = operation.passed_(a)
-            passing = features.sum_products(grad_a, passed)
-            total[:, : features.num_filled].addcmul_(grad_a, passed)
-            gradients.append([*operation.grad_parameters(inner, passing, layer.conv1), *grads])
-        grad_x = features.pop_gradient(total, features.num_filled)
-        return grad_x, None, None, *(gradient for group in reversed(gradients) for gradient in group)
+            passing = features.sum_products(grad_a, passed, identity)
+            total.narrow(1, 0, features.num_filled).addcmul_(grad_a, passed)
+            gradients = [*operation.grad_parameters(inner, passing, layer.conv1), *grads, *gradients]
+        return features.pop_gradient(total, identity), None, None, *gradients
 
 
 def _backward_tail(
-    grad: Tensor, features: Features, operation: NormReluConv, tail: Tail, *, pool: bool
+    grad: Tensor, features: Features, operation: NormReluConv, tail: Tail, identity: Moments, *, pool: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the gradients of the features, (P, C), and of the tail's parameters."""
     size = (len(features.values), *features.values.shape[2:])
@@ -413,19 +439,29 @@ def _backward_tail(
         window = [2, 2], [2, 2], [0, 0], False, True, None
         grad_a = _pixels(torch.ops.aten.avg_pool2d_backward(pooled, images, *window))
     passed = operation.passed_(a)
-    passing = features.sum_products(grad_a, passed)
-    grad_bias = grad.sum(0, dtype=inner.dtype)
+    passing = features.sum_products(grad_a, passed, identity)
+    grad_bias = grad.sum(0, dtype=passing.dtype)
     gradients = operation.grad_parameters(inner, passing, tail.conv, grad_bias)
     return grad_a.mul_(passed), [*gradients, None if tail.bias is None else grad_bias]
 
 
-def _backward2(
-    grad: Tensor, bottleneck: Tensor, moments: Moments, norm: Affine, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward2(grad: Tensor, kept: Kept, norm: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the bottleneck and of (scale2, shift2, conv2), through conv2, relu and norm2."""
-    y = _norm_relu(bottleneck, moments, norm)
-    options = None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]  # stride and padding 1
-    grad, grad_weight, _ = torch.ops.aten.convolution_backward(grad, y, weight, *options)
+    y, _, _ = torch.native_batch_norm(kept.bottleneck, *norm, kept.mean, kept.variance, False, 0.0, 0.0)
+    grad, grad_kernel = _convolution_backward(grad, y.relu_(), kept.kernel)
     grad = torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
-    grad, scale, shift = _norm_backward(grad, bottleneck, moments, norm.weight)
-    return grad, scale, shift, grad_weight.to(norm.weight.dtype)
+    grad, scale, shift = _norm_backward(grad, kept.bottleneck, Moments(kept.mean, kept.inverse), norm.weight)
+    return grad, scale, shift, grad_kernel.to(norm.weight.dtype)
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x (N, C, h, w) and kernel (O, C, 3, 3) of a convolution with padding 1."""
+    batch, width, *size = grad.shape
+    if grad.is_cuda or batch * size[0] * size[1] > _MAX_PIXELS:
+        options = None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+        return torch.ops.aten.convolution_backward(grad, x, kernel, *options)[:2]
+    windows = F.pad(grad, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (N, O, h, w, 3, 3)
+    columns = windows.permute(0, 2, 3, 4, 5, 1).reshape(-1, 9 * width)
+    matrix = kernel.flip(2, 3).permute(2, 3, 0, 1).reshape(9 * width, -1)
+    grad_kernel = (columns.T @ _pixels(x)).view(3, 3, width, -1).permute(2, 3, 0, 1).flip(2, 3)
+    return _images(columns @ matrix, (batch, *size)), grad_kernel
