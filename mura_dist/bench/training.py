@@ -17,6 +17,7 @@ from mura_dist.bench.clock import Contender, Work, process
 from mura_dist.bench.streams import device
 from mura_dist.bench.workload import Load, Options
 from mura_dist.core import config
+from mura_dist.distributed.host_memory import keep_freed_memory
 
 
 def contenders(load: Load) -> list[Contender]:
@@ -148,6 +149,7 @@ def _network(load: Load, *, is_own: bool, channels_last: bool) -> tuple[Any, Seq
     pixels = [torch.from_numpy(batch).to(device()) for batch in load.pixels()]
     if is_own:
         torch.set_flush_denormal(True)
+        keep_freed_memory()
         return own_densenet(load.architecture).train(), pixels, lambda output: output[0]
     network = torchvision_densenet(load.architecture).train()
     layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from mura_dist.core.errors import CollectiveRunError, RankLocalUserError, RunError, UserError
 from mura_dist.distributed import environment, nccl
 from mura_dist.distributed.environment import LaunchEnv
+from mura_dist.distributed.host_memory import keep_freed_memory
 from mura_dist.distributed.processes import processor_flags
 
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # Linux's names of x86's and ARM's bf16 multiplication
@@ -143,6 +144,8 @@ def join(timeout_s: float, *, patience_s: float = 0.0) -> Iterator[World]:
     env = environment.launch_env()
     rank, size = env.rank, env.world_size
     device, timeout = _device(env), timedelta(seconds=timeout_s)
+    if device.type == "cpu":
+        keep_freed_memory()
     backend = "nccl" if device.type == "cuda" else "gloo"
     with _torchrun_variables(env), _lost_rank_as_run_error(rank, size):
         if size == 1:  # no rendezvous, whatever the environment says
