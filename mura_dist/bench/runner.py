@@ -52,7 +52,8 @@ def run(what: str, log: Callable[[str], None], options: Options | None = None) -
     Returns:
         what, command, hardware, versions, workload, rounds, contenders and ratios {"own / peer": {median, min, max}}. Each
         contender has name, ours (whether it is this package's), num_images, images_per_s {median, min, max}, workers, and tried:
-        images/s by number of workers. pipeline adds `start` (footprint.py), encodings `encodings`, train `activations`.
+        images/s by number of workers. shards adds `ceiling`, pipeline `start` (footprint.py), encodings `encodings`, train
+        `activations`.
 
     Raises:
         UserError: invalid options, or a folder without valid radiographs.
@@ -116,6 +117,7 @@ def table(measured: dict[str, Any]) -> str:
         [", ".join(f"{k} {v}" for k, v in measured[key].items()) for key in ("workload", "hardware", "versions")],
         _lines("images/s", rates, (*_COLUMNS, "images", "workers")),
         _lines("times as fast", measured["ratios"], _COLUMNS),
+        _ceiling_lines(measured.get("ceiling")),
         _start_lines(measured.get("start", [])),
         _encoding_lines(measured.get("encodings", [])),
         _activation_lines(measured.get("activations", [])),
@@ -148,6 +150,24 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
     return value if isinstance(value, str) else f"{value:.{0 if name in ('images', 'bytes', 'radiographs') else 2}f}"
+
+
+def _ceiling_lines(ceiling: dict[str, Any] | None) -> list[str]:
+    if ceiling is None:
+        return []
+    parts = {
+        "decoding_s": "decoding and resizing, s",
+        "start_s": "starting the command, s",
+        "scan_s": "scanning the folder, s",
+        "sha256_ms": "SHA-256, ms of a core per radiograph",
+        "crc32_ms": "CRC-32, ms of a core per radiograph",
+        "write_ms": "writing, ms of a core per radiograph",
+        "compare_ms": "comparing with the disk, ms of a core per radiograph",
+    }
+    rows = {title: {"median": f"{ceiling['parts'][key]:.3f}"} for key, title in parts.items()}
+    rows |= {"ceiling, radiographs/s": {"median": f"{ceiling['images_per_s']:.1f}"}}
+    rows |= {"share of the ceiling reached": {"median": f"{ceiling['ratio']:.3f}"}}
+    return _lines("ceiling of a conversion", rows, ("median",))
 
 
 def _start_lines(start: Sequence[dict[str, Any]]) -> list[str]:

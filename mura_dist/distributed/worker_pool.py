@@ -2,22 +2,27 @@
 
     tasks, in chunks -> worker processes, each with limits -> results in the order of the tasks, computed a few chunks ahead
 
-A chunk goes to a worker as one message and its results come back one by one, so the task at which a worker died is known. That
-task runs once more, alone, in a new process: a worker may be killed from outside (by an operator, or by the kernel when memory
-is short). If it fails again, its result is `TaskFailed`. The time limit counts processor time, so a busy machine gives the same
-results as an idle one. A wall-clock limit, ten times longer, ends tasks that wait forever.
+A chunk goes to a worker as one message, and so do its results. Each worker counts its finished tasks in shared memory, so the
+task at which it died is known. That task runs once more, alone, in a new process: a worker may be killed from outside (by an
+operator, or by the kernel when memory is short). If it fails again, its result is `TaskFailed`. The time limit counts processor
+time, so a busy machine gives the same results as an idle one. A wall-clock limit, ten times longer, ends tasks that wait forever.
+
+With `chunk_bytes`, the buffers of results (PickleBuffer) stay in the shared memory and are not copied through a pipe.
 """
 
 import contextlib
 import multiprocessing
 import os
+import pickle
 import selectors
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.heap import Arena
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -29,6 +34,12 @@ Prepare = Callable[..., Callable[[Any], Any]]
 """Called once in each worker with the pool's arguments. Returns the function that does one task."""
 
 _POLL_S = 0.5  # longest time between two checks of the limits
+_AHEAD = 4  # chunks per worker to compute ahead of the consumer
+_NUM_DONE, _START_S, _START_PROCESSOR_S = range(3)  # a worker's progress in the shared memory: three doubles
+_PROGRESS_BYTES = 24
+
+_Packed = tuple[bytes, list[tuple[int, int]]]
+"""A pickled result, and (start, stop) in the shared memory of each of its buffers."""
 
 
 @dataclass(frozen=True)
@@ -59,27 +70,43 @@ class TaskFailed:
 @dataclass
 class _Chunk:
     tasks: Sequence[Any]
+    memory: tuple[int, int]  # (start, stop) in the shared memory for its buffers
+    start: int  # of the part that holds no buffer yet
     results: list[Any] = field(default_factory=list)
-    retry: bool = False  # the next task has ended a worker: it runs alone, once more
+    suspect: int | None = None  # number of a task that has ended a worker: it runs alone, once more
 
     @property
     def done(self) -> bool:
         return len(self.results) == len(self.tasks)
+
+    def next_tasks(self) -> Sequence[Any]:
+        """Return the tasks of the next message: those before the suspect, then the suspect alone, then the others."""
+        first = len(self.results)
+        return self.tasks[first:] if self.suspect is None else self.tasks[first : max(self.suspect, first + 1)]
+
+    def add(self, results: list[Any]) -> None:
+        self.results += results
+        if self.suspect is not None and len(self.results) > self.suspect:
+            self.suspect = None
 
 
 @dataclass
 class _Worker:
     process: BaseProcess
     pipe: Connection
+    progress: "memoryview[float]"  # see _NUM_DONE
     ready: bool = False
     chunk: _Chunk | None = None
-    task_start: float = 0.0  # monotonic time when the current task began
-    start_processor_s: float = 0.0  # processor time of the process at that moment
 
 
 @contextlib.contextmanager
 def start_pool(
-    prepare: Prepare, arguments: tuple[Any, ...], *, workers: int, limits: PoolLimits = DEFAULT_LIMITS
+    prepare: Prepare,
+    arguments: tuple[Any, ...],
+    *,
+    workers: int,
+    limits: PoolLimits = DEFAULT_LIMITS,
+    chunk_bytes: int = 0,
 ) -> Iterator["WorkerPool"]:
     """Start worker processes, which exit with the block. Everything that is sent to them must pickle.
 
@@ -88,8 +115,10 @@ def start_pool(
         arguments: Arguments of `prepare`.
         workers: Number of processes.
         limits: Limits of each task.
+        chunk_bytes: Bytes of shared memory for the buffers of a chunk's results. Buffers in it are valid until the consumer asks
+            for the result after the chunk's last one. Buffers that do not fit are pickled.
     """
-    supervisor = _Supervisor(prepare, arguments, workers, limits)
+    supervisor = _Supervisor(prepare, arguments, workers, limits, chunk_bytes)
     supervisor.start()
     try:
         yield WorkerPool(supervisor, workers)
@@ -104,7 +133,7 @@ class WorkerPool:
     _supervisor: "_Supervisor"
     workers: int
 
-    def results(self, chunks: Iterable[Sequence[Any]], *, ahead: int = 4) -> Iterator[Any]:
+    def results(self, chunks: Iterable[Sequence[Any]], *, ahead: int = _AHEAD) -> Iterator[Any]:
         """Yield the result of each task, or TaskFailed, in order. Exhaust the iterator before the next call.
 
         Args:
@@ -121,13 +150,20 @@ class WorkerPool:
                 if isinstance(result, BaseException):
                     raise result
                 yield result
+            self._supervisor.release(chunk)
 
 
 class _Supervisor(threading.Thread):
     """Thread that sends chunks, receives results and enforces limits, so that workers never wait for the consumer."""
 
-    def __init__(self, prepare: Prepare, arguments: tuple[Any, ...], num_workers: int, limits: PoolLimits) -> None:
+    def __init__(
+        self, prepare: Prepare, arguments: tuple[Any, ...], num_workers: int, limits: PoolLimits, chunk_bytes: int
+    ) -> None:
         super().__init__(daemon=True, name="supervisor")
+        progress_bytes, num_chunks = _PROGRESS_BYTES * num_workers, _AHEAD * num_workers + 1  # one is being consumed
+        starts = [progress_bytes + number * chunk_bytes for number in range(num_chunks if chunk_bytes else 0)]
+        self.free_memory = [(start, start + chunk_bytes) for start in starts]
+        self.arena = _create_arena(progress_bytes + num_chunks * chunk_bytes)
         self.prepare, self.limits, self.num_workers = (prepare, arguments), limits, num_workers
         self.chunks: Iterator[Sequence[Any]] = iter(())
         self.exhausted, self.ahead = True, 0
@@ -166,6 +202,11 @@ class _Supervisor(threading.Thread):
                     return None
                 self.changed.wait(1.0)  # with a limit, so that Ctrl-C works on every system
 
+    def release(self, chunk: _Chunk) -> None:
+        """Let another chunk use the memory of a consumed one."""
+        if chunk.memory != _NO_MEMORY:
+            self.free_memory.append(chunk.memory)
+
     def stop(self) -> None:
         self.stopping = True
         self._wake()
@@ -179,7 +220,7 @@ class _Supervisor(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.workers = [self._start_worker() for _ in range(self.num_workers)]
+            self.workers = [self._start_worker(number) for number in range(self.num_workers)]
             while not self.stopping:
                 self._send_chunks()
                 self._receive()
@@ -193,13 +234,13 @@ class _Supervisor(threading.Thread):
                 _kill(worker)
             self.selector.close()
 
-    def _start_worker(self) -> _Worker:
+    def _start_worker(self, number: int) -> _Worker:
         pipe, worker_pipe = CONTEXT.Pipe()
-        arguments = (worker_pipe, self.limits.memory_bytes, *self.prepare)
+        arguments = (worker_pipe, self.arena, number, self.limits.memory_bytes, *self.prepare)
         process = CONTEXT.Process(target=_run_worker, args=arguments, daemon=True)
         process.start()
         worker_pipe.close()
-        worker = _Worker(process, pipe)
+        worker = _Worker(process, pipe, _progress(self.arena, number))
         self.selector.register(pipe, selectors.EVENT_READ, worker)
         return worker
 
@@ -207,10 +248,9 @@ class _Supervisor(threading.Thread):
         for worker in list(self.workers):
             if worker.ready and worker.chunk is None and (chunk := self._next_to_send()) is not None:
                 worker.chunk = chunk
-                worker.task_start = time.monotonic()
-                tasks = chunk.tasks[len(chunk.results) :]
+                worker.progress[_NUM_DONE], worker.progress[_START_S] = 0, time.monotonic()
                 try:
-                    worker.pipe.send(tasks[:1] if chunk.retry else tasks)
+                    worker.pipe.send((chunk.next_tasks(), chunk.start, chunk.memory[1]))
                 except OSError:
                     self._replace(worker, "crashed")
 
@@ -225,7 +265,8 @@ class _Supervisor(threading.Thread):
                 self.exhausted = True
                 self.changed.notify_all()
                 return None
-            chunk = _Chunk(tasks)
+            memory = self.free_memory.pop() if self.free_memory else _NO_MEMORY
+            chunk = _Chunk(tasks, memory, memory[0])
             self.pending.append(chunk)
             return chunk
 
@@ -239,39 +280,40 @@ class _Supervisor(threading.Thread):
 
     def _receive_from(self, worker: _Worker) -> None:
         try:
-            result, worker.start_processor_s = worker.pipe.recv()
+            results: list[_Packed] = worker.pipe.recv()
         except (EOFError, OSError):
             self._replace(worker, "crashed")
             return
         if not worker.ready:
             worker.ready, self.failed_starts = True, 0
             return
-        chunk = worker.chunk
+        chunk, worker.chunk = worker.chunk, None
         assert chunk is not None
-        worker.task_start = time.monotonic()
-        if chunk.retry or len(chunk.results) + 1 == len(chunk.tasks):
-            worker.chunk = None
-        self._add_result(chunk, result)
+        memory = memoryview(self.arena.buffer)
+        chunk.start = max([chunk.start, *(stop for _, extents in results for _, stop in extents)])
+        self._add_results(
+            chunk,
+            [pickle.loads(data, buffers=[memory[slice(*extent)] for extent in extents]) for data, extents in results],
+        )
 
-    def _add_result(self, chunk: _Chunk, result: Any) -> None:
-        """Record the result of the current task. After a retry, the remaining tasks of the chunk are sent again."""
-        was_retry, chunk.retry = chunk.retry, False
+    def _add_results(self, chunk: _Chunk, results: list[Any]) -> None:
+        """Record results of a chunk. If tasks remain, they are sent next."""
         with self.changed:
-            chunk.results.append(result)
+            chunk.add(results)
             if chunk.done:
                 self.changed.notify_all()
-            elif was_retry:
+            else:
                 self.retries.appendleft(chunk)
 
     def _enforce_limits(self) -> None:
         for worker in list(self.workers):
             if worker.chunk is None:
                 continue
-            wall_s = time.monotonic() - worker.task_start
+            wall_s = time.monotonic() - worker.progress[_START_S]
             if wall_s < min(self.limits.processor_s, self.limits.wall_s):
                 continue
             total_s = _processor_seconds(worker.process.pid)
-            processor_s = wall_s if total_s is None else total_s - worker.start_processor_s
+            processor_s = wall_s if total_s is None else total_s - worker.progress[_START_PROCESSOR_S]
             if processor_s >= self.limits.processor_s or wall_s >= self.limits.wall_s:
                 self._replace(worker, f"did not finish within {self.limits.processor_s:g} s")
 
@@ -285,13 +327,37 @@ class _Supervisor(threading.Thread):
                 f"worker processes exit before they are ready (exit status {worker.process.exitcode}), perhaps for lack of "
                 "memory. Use fewer --workers."
             )
-        self.workers[self.workers.index(worker)] = self._start_worker()
+        number = self.workers.index(worker)
+        num_done = int(worker.progress[_NUM_DONE])
+        self.workers[number] = self._start_worker(number)
         chunk = worker.chunk
-        if chunk is not None and chunk.retry:
-            self._add_result(chunk, TaskFailed(reason))
-        elif chunk is not None:
-            chunk.retry = True
+        if chunk is None:
+            return
+        first, num_sent = len(chunk.results), len(chunk.next_tasks())
+        if chunk.suspect == first:
+            self._add_results(chunk, [TaskFailed(reason)])
+        else:
+            chunk.suspect = first + min(num_done, num_sent - 1)
             self.retries.appendleft(chunk)
+
+
+_NO_MEMORY = (0, 0)
+
+
+def _create_arena(num_bytes: int) -> Arena:
+    """Return memory that can be sent to a worker when it starts. On Linux it does not depend on the size of /dev/shm."""
+    if not hasattr(os, "memfd_create"):
+        return Arena(num_bytes)
+    descriptor = os.memfd_create("mura-dist")
+    os.ftruncate(descriptor, num_bytes)
+    arena = Arena(num_bytes, descriptor)
+    weakref.finalize(arena, os.close, descriptor)
+    return arena
+
+
+def _progress(arena: Arena, number: int) -> "memoryview[float]":
+    start = _PROGRESS_BYTES * number
+    return memoryview(arena.buffer)[start : start + _PROGRESS_BYTES].cast("d")
 
 
 def _kill(worker: _Worker) -> None:
@@ -310,22 +376,49 @@ def _processor_seconds(process: int | None) -> float | None:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _run_worker(pipe: Connection, memory_bytes: int, prepare: Prepare, arguments: tuple[Any, ...]) -> None:
+def _run_worker(
+    pipe: Connection, arena: Arena, number: int, memory_bytes: int, prepare: Prepare, arguments: tuple[Any, ...]
+) -> None:
     """Do tasks from `pipe` until it closes. The main function of a worker process."""
     end_with_parent()
     do = prepare(*arguments)
+    memory, progress = memoryview(arena.buffer), _progress(arena, number)
     _limit_memory(memory_bytes)
     try:
-        pipe.send((None, time.process_time()))
+        pipe.send([])
         while True:
-            for task in pipe.recv():
+            tasks, start, stop = pipe.recv()
+            results: list[_Packed] = []
+            for task in tasks:
+                progress[_START_PROCESSOR_S], progress[_START_S] = time.process_time(), time.monotonic()
                 try:
                     result = do(task)
                 except Exception as error:
                     result = error
-                pipe.send((result, time.process_time()))
+                results.append(_pack(result, memory[:stop], start))
+                start = max([start, *(end for _, end in results[-1][1])])
+                progress[_NUM_DONE] = len(results)
+            pipe.send(results)
     except (EOFError, OSError):  # the supervisor has closed the pipe
         return
+
+
+def _pack(result: Any, memory: memoryview, start: int) -> _Packed:
+    """Pickle a result. Its buffers are copied into `memory` from `start` on, as far as they fit."""
+    extents: list[tuple[int, int]] = []
+
+    def is_pickled(buffer: pickle.PickleBuffer) -> bool:
+        nonlocal start
+        content = buffer.raw()
+        stop = start + content.nbytes
+        if stop > len(memory):
+            return True
+        memory[start:stop] = content
+        extents.append((start, stop))
+        start = stop
+        return False
+
+    return pickle.dumps(result, protocol=5, buffer_callback=is_pickled), extents
 
 
 def _limit_memory(memory_bytes: int) -> None:

@@ -35,7 +35,7 @@ from mura_dist.distributed import processes
 
 NUM_CONTENDERS = {"shards": (1, 1), "pipeline": (4, 4), "encodings": (6, 0), "predict": (6, 4)}
 NUM_CONTENDERS |= {"train": (2, 3), "ranks": (2, 2)}
-MORE = {"pipeline": {"start"}, "encodings": {"encodings"}, "train": {"activations"}}
+MORE = {"shards": {"ceiling"}, "pipeline": {"start"}, "encodings": {"encodings"}, "train": {"activations"}}
 STARTED = [pipeline.CPU, pipeline.DALI, peers.FILES, peers.TAR, peers.READER]
 GROWTH = ("growth_mib", "growth_percent", "growth_of_process_percent")
 S = 64
@@ -196,8 +196,15 @@ def test_command_prints_only_json_on_stdout_and_draws_a_plot(phantoms: Path, tmp
     picture = tmp_path / "bench.png"
     done = command("mura-dist", "bench", "shards", "--data", phantoms, *sizes, "--json", "--plot", picture)
     assert done.returncode == 0, done.stderr
-    check(json.loads(done.stdout), "shards")
+    measured = json.loads(done.stdout)
+    check(measured, "shards")
     assert "round 1 of 1: decode and resize only: " in done.stderr
+    ceiling, (own, bare) = measured["ceiling"], (row["images_per_s"]["median"] for row in measured["contenders"])
+    assert len(ceiling["parts"]) == 7
+    assert all(value > 0 for value in ceiling["parts"].values())
+    whole_s = sum(value for key, value in ceiling["parts"].items() if key.endswith("_s"))
+    assert ceiling["images_per_s"] < 24 / whole_s < bare  # 24 radiographs
+    assert ceiling["ratio"] == pytest.approx(own / ceiling["images_per_s"])
     with Image.open(picture) as image:
         assert image.format == "PNG"
         assert len(image.convert("L").getcolors()) > 20  # bars, letters

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pickle
 import signal
 import threading
 import time
@@ -110,6 +111,33 @@ def test_workers_prefetch_few_chunks_and_exit_with_the_block(tmp_path: Path) -> 
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert not [thread for thread in threading.enumerate() if thread.name == "supervisor"]
+
+
+def buffer_worker(notes: Path) -> Callable[[Any], Any]:
+    """Return a function that gives a task's number, and that number plus one bytes. It aborts at 5."""
+
+    def do(number: int) -> Any:
+        if number == 5:
+            os.abort()
+        return number, pickle.PickleBuffer(bytes([number]) * (number + 1))
+
+    return do
+
+
+@pytest.mark.parametrize("chunk_bytes", [0, 30, 2000])
+def test_buffers_arrive_by_shared_memory_or_where_they_do_not_fit_by_pipe(tmp_path: Path, chunk_bytes: int) -> None:
+    """Chunk 0 to 7 has a task that crashes, so its buffers come from three processes. The memory of chunks is reused."""
+    chunks = [range(start, start + 8) for start in range(0, 160, 8)]
+    kinds = set()
+    with start_pool(buffer_worker, (tmp_path,), workers=2, limits=QUICK, chunk_bytes=chunk_bytes) as pool:
+        for number, result in zip(range(160), pool.results(chunks), strict=True):
+            if number == 5:
+                assert result == TaskFailed("crashed")
+                continue
+            assert (result[0], bytes(result[1])) == (number, bytes([number]) * (number + 1))
+            kinds.add(type(result[1]))
+    assert (memoryview in kinds) == (chunk_bytes > 0)
+    assert (bytes in kinds) == (chunk_bytes < 2000)
 
 
 def test_pool_is_reused_for_several_runs(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ path or content of a row -> radiograph.read -> uint8 (S, S) -> encode -> Sample
 import functools
 import io
 import math
+import pickle
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,11 +23,14 @@ Task = tuple[int, str | bytes | radiograph.UnreadableFileError]
 """A row with its file's path, its content, or the reason why the main process could not fetch it."""
 
 
+Buffer = bytes | memoryview | pickle.PickleBuffer
+
+
 class Sample(NamedTuple):
     """An encoded image of a row, or the code and reason why there is none."""
 
     row: int
-    data: bytes | None
+    data: Buffer | None
     code: str
     reason: str
 
@@ -34,7 +38,7 @@ class Sample(NamedTuple):
 def encode(pixels: np.ndarray, encoding: str) -> bytes:
     """Encode pixels, uint8 (S, S), as the image member of a sample: raw (.npy), png or jpeg."""
     if encoding == "raw":
-        return npy_header(pixels.shape) + pixels.tobytes()
+        return b"".join((npy_header(pixels.shape), np.ascontiguousarray(pixels).data))
     data = io.BytesIO()
     if encoding == "png":
         Image.fromarray(pixels).save(data, "PNG", compress_level=6)
@@ -86,4 +90,4 @@ class SampleEncoder:
             pixels = radiograph.read(io.BytesIO(source) if isinstance(source, bytes) else source, self.size)
         except radiograph.UnreadableFileError as error:
             return Sample(row, None, error.code, error.reason)
-        return Sample(row, encode(pixels, self.encoding), "", "")
+        return Sample(row, pickle.PickleBuffer(encode(pixels, self.encoding)), "", "")

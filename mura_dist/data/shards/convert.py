@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ SIZE_LIMITS = (32, MAX_SIZE_PX)
 PLAN_WAIT_S = 120.0  # timeout of other ranks for rank 0's plan
 SILENCE_S = 60.0  # without a new shard for this long, rank 0 makes the missing ones
 RANKS = ".ranks"  # folder of the ranks' locks
-_CHUNK, _CHUNK_BYTES = 8, 4 << 20  # radiographs per task of a worker, and their pixels at most
+_CHUNK, _CHUNK_BYTES = 8, 4 << 20  # radiographs per message to a worker, and their pixels at most
+_HEADER_BYTES = 1 << 10  # at least a sample's bytes beyond its pixels; larger samples take longer
 _FETCH_THREADS = 4  # each fetches a chunk of a remote source
 
 
@@ -119,7 +121,13 @@ def convert(
     env, workers = environment.launch_env(), workers or num_processors()
     with (
         _share(out, env),
-        worker_pool.start_pool(SampleEncoder, (size, encoding), workers=workers, limits=limits) as pool,
+        worker_pool.start_pool(
+            SampleEncoder,
+            (size, encoding),
+            workers=workers,
+            limits=limits,
+            chunk_bytes=_chunk_length(size) * (size**2 + _HEADER_BYTES),
+        ) as pool,
     ):
         # The manifest depends on duplicates unless they are kept. Then they are searched during the decoding.
         scanned = scan(source, labels, duplicates=strict or duplicates != duplicate_policy.KEEP)
@@ -353,14 +361,26 @@ def _write(conversion: Conversion, todo: Sequence[_Planned], work: _Work) -> Non
     labels = conversion.manifest.frame["label"].to_numpy()
     rows = np.concatenate([shard.rows for shard in todo])
     stream = _samples(conversion, rows)
+    finishing: tuple[_Planned, Future[Any]] | None = None  # its disk is awaited while the next shard is packed
+
+    def finish() -> None:
+        if finishing is not None:
+            finishing[1].result()
+            work.add_done(finishing[0])
+
     try:
-        for shard in todo:
-            samples = itertools.islice(stream, len(shard.rows))
-            try:
-                writer.write(conversion.out, shard.name, samples, labels, encoding=conversion.encoding)
-            except writer.IncompleteShardError as incomplete:
-                conversion.out.write(writer.faults_name(shard.name), _json(incomplete.faults))
-            work.add_done(shard)
+        with ThreadPoolExecutor(1, "finish") as thread:
+            for shard in todo:
+                samples = itertools.islice(stream, len(shard.rows))
+                try:
+                    write: Callable[[], Any] = writer.pack(
+                        conversion.out, shard.name, samples, labels, encoding=conversion.encoding
+                    )
+                except writer.IncompleteShardError as incomplete:
+                    write = partial(conversion.out.write, writer.faults_name(shard.name), _json(incomplete.faults))
+                finish()
+                finishing = shard, thread.submit(write)
+            finish()
     except KeyboardInterrupt as error:
         raise StopRequestedError("stopped. Finished shards stay, and the same command resumes.") from error
 
@@ -413,10 +433,14 @@ def _with_paths(conversion: Conversion, items: list[dict[str, Any]]) -> list[dic
 # ---- the samples
 
 
+def _chunk_length(size: int) -> int:
+    return max(1, min(_CHUNK, _CHUNK_BYTES // size**2))
+
+
 def _samples(conversion: Conversion, rows: np.ndarray) -> Iterator[Sample]:
     """Yield samples in row order, decoded ahead by the worker pool."""
     paths, root, faults = conversion.manifest.frame["path"].to_numpy(), conversion.root, IoFaults(conversion.root)
-    step = max(1, min(_CHUNK, _CHUNK_BYTES // conversion.size**2))
+    step = _chunk_length(conversion.size)
     chunks = (rows[start : start + step].tolist() for start in range(0, len(rows), step))
     tasks: Iterable[list[Task]]
     if storage.is_remote(root):

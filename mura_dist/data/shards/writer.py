@@ -1,24 +1,27 @@
 """Write one shard: samples -> tar, .crc, .idx and completion mark.
 
+    pack: samples -> the tar's bytes -> finish: sync, rename, compare with the disk, write the other files
+
     train-000000.tar, .crc, .idx -> train-000000.json: the mark, written last, whose content goes into index.json
 
 A shard is finished if its mark exists and matches the tar (is_complete). The bytes depend on the samples only, not on times,
 owners or modes of this machine. webdataset's TarWriter is not used: it is slower, and the base install does not have it.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 from mura_dist.core import files
 from mura_dist.core.errors import RunError
 from mura_dist.core.storage import Storage
 from mura_dist.data.io_faults import IO_ERROR
-from mura_dist.data.shards.codec import SUFFIX, Sample
+from mura_dist.data.shards.codec import SUFFIX, Buffer, Sample
 from mura_dist.data.shards.index import CompletionMark
 from mura_dist.data.shards.reader import INDEX_HEADER
 
@@ -69,8 +72,13 @@ class IncompleteShardError(Exception):
         self.faults = faults
 
 
-def write(folder: Storage, name: str, samples: Iterable[Sample], labels: Any, *, encoding: str) -> dict[str, Any]:
-    """Write the shard of the tar `name`, and return its mark. Without samples only the mark is written.
+Finish = Callable[[], dict[str, Any]]
+
+
+def pack(folder: Storage, name: str, samples: Iterable[Sample], labels: Any, *, encoding: str) -> Finish:
+    """Consume the samples of the tar `name`, and return a function that finishes the shard and returns its mark.
+
+    That function mostly waits for the disk, so another thread may call it. Without samples it writes the mark only.
 
     Args:
         folder: Target of the files.
@@ -81,38 +89,47 @@ def write(folder: Storage, name: str, samples: Iterable[Sample], labels: Any, *,
 
     Raises:
         IncompleteShardError: An I/O fault kept a file from being read. All samples were consumed, and nothing was written.
-        RunError: The tar on disk differs from what was written.
+        RunError: By the function: the tar on disk differs from what was written.
     """
     unreadable: list[dict[str, Any]] = []
     readable = _filter_readable(iter(samples), unreadable)
-    mark: dict[str, Any] = {"name": name, "num_samples": 0, "bytes": 0, "sha256": None}
-    if (first := next(readable, None)) is not None:  # readers may fail on an empty tar
-        index, crcs = [], []
-        with folder.writing(name) as file:
-            tar = _Tar(file)
+    index: list[str] = []
+    crcs: list[str] = []
+    with contextlib.ExitStack() as stack:
+        tar = None
+        if (first := next(readable, None)) is not None:  # readers may fail on an empty tar
+            tar = _Tar(stack.enter_context(folder.writing(name)))
             for sample in itertools.chain([first], readable):
-                index.append(tar.add(sample, labels[sample.row], encoding))
-                crcs.append(f"{sample.row:09d} {zlib.crc32(sample.data or b''):08x}\n")
+                assert sample.data is not None
+                index.append(tar.add(sample.row, sample.data, labels[sample.row], encoding))
+                crcs.append(f"{sample.row:09d} {zlib.crc32(sample.data):08x}\n")
             tar.close()
-            _refuse_faults(unreadable)
-        if not folder.matches(name, tar.bytes, digest := tar.digest.hexdigest()):
-            raise RunError(
-                f"{folder}/{name} differs from what was written: another program writes to it, or the disk lost data. The same "
-                "command makes it again."
-            )
-        stem = name.removesuffix(".tar")
-        folder.write(f"{stem}.crc", "".join(crcs).encode())
-        folder.write(f"{stem}.idx", "\n".join([f"{INDEX_HEADER} {len(index)}", *index, ""]).encode())
-        mark |= {"num_samples": len(index), "bytes": tar.bytes, "sha256": digest}
-    _refuse_faults(unreadable)
-    mark["unreadable"] = unreadable
-    folder.write(mark_name(name), (json.dumps(mark, indent=2) + "\n").encode())
-    return mark
+        if faults := [item for item in unreadable if item["code"] == IO_ERROR]:
+            raise IncompleteShardError(faults)
+        written = stack.pop_all()
+
+    def finish() -> dict[str, Any]:
+        written.close()
+        mark: dict[str, Any] = {"name": name, "num_samples": 0, "bytes": 0, "sha256": None}
+        if tar is not None:
+            mark |= {"num_samples": len(index), "bytes": tar.bytes, "sha256": tar.digest.hexdigest()}
+            _check(folder, mark)
+            stem = name.removesuffix(".tar")
+            folder.write(f"{stem}.crc", "".join(crcs).encode())
+            folder.write(f"{stem}.idx", "\n".join([f"{INDEX_HEADER} {len(index)}", *index, ""]).encode())
+        mark["unreadable"] = unreadable
+        folder.write(mark_name(name), (json.dumps(mark, indent=2) + "\n").encode())
+        return mark
+
+    return finish
 
 
-def _refuse_faults(unreadable: list[dict[str, Any]]) -> None:
-    if faults := [item for item in unreadable if item["code"] == IO_ERROR]:
-        raise IncompleteShardError(faults)
+def _check(folder: Storage, mark: dict[str, Any]) -> None:
+    if not folder.matches(mark["name"], mark["bytes"], mark["sha256"]):
+        raise RunError(
+            f"{folder}/{mark['name']} differs from what was written: another program writes to it, or the disk lost data. The "
+            "same command makes it again."
+        )
 
 
 def _filter_readable(samples: Iterable[Sample], unreadable: list[dict[str, Any]]) -> Iterator[Sample]:
@@ -124,22 +141,28 @@ def _filter_readable(samples: Iterable[Sample], unreadable: list[dict[str, Any]]
 
 
 class _Tar:
-    """A tar writer that hashes its bytes, and writes each sample at once, which is faster than tarfile's `addfile`."""
+    """A tar writer that hashes its bytes, and does not copy images, which is faster than tarfile's `addfile`."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
 
-    def add(self, sample: Sample, label: int, encoding: str) -> str:
+    def add(self, row: int, image: Buffer, label: int, encoding: str) -> str:
         """Append the three members of a sample, named by its row, and return its line of the .idx file."""
-        assert sample.data is not None
-        blocks: list[bytes] = []
-        entries, end = [], self.bytes
-        for suffix, data in ((SUFFIX[encoding], sample.data), ("cls", b"%d" % label), ("id", b"%d" % sample.row)):
-            name = f"{sample.row:09d}.{suffix}"
-            entries.append(f"{suffix} {end + tarfile.BLOCKSIZE} {len(data)} {name}")
-            blocks += [_header(name, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
-            end += tarfile.BLOCKSIZE + len(data) + len(blocks[-1])
-        self._write(b"".join(blocks))
+        entries, start = [], self.bytes
+        small: list[Buffer] = []
+        for suffix, data in ((SUFFIX[encoding], image), ("cls", b"%d" % label), ("id", b"%d" % row)):
+            name, size = f"{row:09d}.{suffix}", len(memoryview(data))
+            start += tarfile.BLOCKSIZE
+            entries.append(f"{suffix} {start} {size} {name}")
+            start += size + -size % tarfile.BLOCKSIZE
+            small.append(_header(name, size))
+            if data is image:
+                self._write(b"".join(small))
+                self._write(data)
+                small = [bytes(-size % tarfile.BLOCKSIZE)]
+            else:
+                small += [data, bytes(-size % tarfile.BLOCKSIZE)]
+        self._write(b"".join(small))
         return " ".join(entries)
 
     def close(self) -> None:
@@ -147,9 +170,9 @@ class _Tar:
         end = 2 * tarfile.BLOCKSIZE
         self._write(bytes(end + -(self.bytes + end) % tarfile.RECORDSIZE))
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: Buffer) -> None:
         self.digest.update(data)
-        self.bytes += len(data)
+        self.bytes += len(memoryview(data))
         self.file.write(data)
 
 

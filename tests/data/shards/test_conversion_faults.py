@@ -33,11 +33,11 @@ RANKS = """
 import sys, time
 from mura_dist.data.shards import convert, writer
 convert.SAMPLES_PER_SHARD, convert.SILENCE_S = 7, 1.0
-write, slow_s = writer.write, float(__import__("os").environ.get("SLOW_S", 0))
+pack, slow_s = writer.pack, float(__import__("os").environ.get("SLOW_S", 0))
 def slowly(*arguments, **more):
     time.sleep(slow_s)
-    return write(*arguments, **more)
-writer.write = slowly
+    return pack(*arguments, **more)
+writer.pack = slowly
 from mura_dist.cli.main import main
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
@@ -341,5 +341,5 @@ class Meddled(storage.LocalStorage):
 def test_a_tar_is_compared_with_what_was_written_before_its_mark_is_there(tmp_path: Path) -> None:
     samples = [Sample(row, b"pixels", "", "") for row in range(3)]
     with pytest.raises(RunError, match=r"train-000000\.tar differs from what was written"):
-        writer.write(Meddled(tmp_path), "train-000000.tar", samples, [0, 1, 0], encoding="raw")
+        writer.pack(Meddled(tmp_path), "train-000000.tar", samples, [0, 1, 0], encoding="raw")()
     assert not (tmp_path / "train-000000.json").exists()
