@@ -56,6 +56,7 @@ about() { # about EXTRA: what it installs, and how much space that takes in addi
     remote) echo "fsspec and s3fs, for folders on s3://: 0.1 GB" ;;
     dev) echo "the tests' requirements: 0.9 GB" ;;
     docs) echo "mkdocs and its theme, for the documentation site: 0.1 GB" ;;
+    peers) echo "LitData and SPDL, other loaders for bench pipeline; LitData with torch: 3.5 GB" ;;
     mlflow) echo "the client of an MLflow server: 0.1 GB" ;;
   esac
 }

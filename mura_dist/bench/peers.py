@@ -3,12 +3,23 @@
     data_loader   torch's DataLoader, Pillow and torchvision transforms, over the raw folder
     webdataset    webdataset and torchvision v2, over a tar of original files or over this package's shards
     dali_reader   DALI's fn.readers.webdataset with its index, over this package's shards
+    spdl          SPDL's thread pipeline and OpenCV, over the raw folder
+    litdata       LitData's streaming data set, Pillow and torchvision v2, over its own chunks of original files
 
 They use nothing of this package except its shards. Imports are inside the functions, since the time to the first batch is
-measured too. `load.workers` is the number of worker processes of the first two, and of threads of the third.
+measured too. `load.workers` is the number of worker processes, and of threads of DALI and SPDL.
+
+SPDL's own decoders need FFmpeg's libraries on the system, which differ in their gray. Its pipeline runs any function that
+releases the interpreter's lock.
 """
 
+import os
+import random
+import subprocess
+import sys
 import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +30,8 @@ FILES = "(a) DataLoader + Pillow + torchvision, files"
 TAR = "(b) webdataset + torchvision v2, original files in a tar"
 READER = "(c) DALI readers.webdataset, our shards"
 SHARDS = "webdataset + torchvision v2, our shards"
+THREADS = "(d) SPDL + OpenCV, files"
+CHUNKS = "(e) LitData + Pillow + torchvision v2, its chunks of original files"
 
 IMPORTS = {
     FILES: ("torch", "torch.utils.data", "torchvision.transforms", "PIL.Image"),
@@ -26,6 +39,14 @@ IMPORTS = {
     READER: ("torch", "nvidia.dali.fn", "nvidia.dali.plugin.pytorch"),
 }
 """Modules that each peer imports before it touches a radiograph."""
+
+OPTIONAL = {THREADS: "spdl", CHUNKS: "litdata"}
+"""Modules of the peers that the extra `peers` installs."""
+
+
+def missing() -> dict[str, str]:
+    """Return the peers that cannot run here, with the module that each lacks."""
+    return {name: module for name, module in OPTIONAL.items() if find_spec(module) is None}
 
 
 class _Files:
@@ -131,3 +152,89 @@ def _reader(tars: list[str], side: int, on_gpu: bool, **options: Any) -> Any:
         return fn.flip(rotated, horizontal=flip)
 
     return graph(**options)
+
+
+def spdl(load: Load) -> Epochs:
+    """Return the epochs of SPDL's pipeline: decode, resize and augment on threads, then stack."""
+    import cv2
+    import numpy as np
+    import torch
+    from spdl.pipeline import PipelineBuilder
+
+    cv2.setNumThreads(1)  # the pipeline's threads provide the parallelism
+    target, size = device(), (load.size, load.size)
+    center = ((load.size - 1) / 2, (load.size - 1) / 2)
+    files = [str(load.folder / path) for path in load.paths]
+
+    def image(path: str) -> np.ndarray:
+        gray = cv2.resize(cv2.imread(path, cv2.IMREAD_GRAYSCALE), size, interpolation=cv2.INTER_AREA)
+        matrix = cv2.getRotationMatrix2D(center, random.uniform(-ROTATE_DEG, ROTATE_DEG), 1)
+        turned = cv2.warpAffine(gray, matrix, size, flags=cv2.INTER_LINEAR)
+        return cv2.flip(turned, 1) if random.random() < 0.5 else turned  # (S, S) uint8
+
+    def stack(images: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(images)[:, None])  # uint8 (B, 1, S, S)
+
+    def epoch() -> Iterator[torch.Tensor]:
+        builder = PipelineBuilder().add_source(random.sample(files, len(files))).pipe(image, concurrency=load.workers)
+        builder = builder.aggregate(load.batch, drop_last=True).pipe(stack).add_sink()
+        pipeline = builder.build(num_threads=load.workers + 1)  # one stacks
+        with pipeline.auto_stop():
+            yield from (batch.to(target, non_blocking=True) for batch in pipeline)
+
+    return epoch
+
+
+_WRITE_CHUNKS = """
+import sys
+from pathlib import Path
+import litdata
+
+def sample(path):
+    return {"image": Path(path).read_bytes()}
+
+if __name__ == "__main__":
+    litdata.optimize(sample, sys.stdin.read().split("\\0"), sys.argv[1], chunk_bytes="64MB", num_workers=1, verbose=False)
+"""
+
+
+def write_chunks(load: Load, folder: Path) -> None:
+    """Write LitData's chunks of the original files."""
+    script, files = load.scratch / "write_chunks.py", [str(load.folder / path) for path in load.paths]
+    script.write_text(_WRITE_CHUNKS, encoding="utf-8")
+    environment = os.environ | {
+        name: str(load.scratch / name) for name in ("DATA_OPTIMIZER_CACHE_FOLDER", "DATA_OPTIMIZER_DATA_CACHE_FOLDER")
+    }
+    command = [sys.executable, str(script), str(folder)]
+    subprocess.run(command, input="\0".join(files), text=True, check=True, stdout=sys.stderr, env=environment)
+
+
+def litdata(folder: Path, load: Load) -> Epochs:
+    """Return the epochs of LitData's loader over the chunks of `folder`."""
+    import io
+
+    import torch
+    from litdata import StreamingDataLoader, StreamingDataset
+    from PIL import Image
+    from torchvision.transforms import InterpolationMode, v2
+
+    transform = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Resize((load.size, load.size)),
+            v2.RandomHorizontalFlip(),
+            v2.RandomRotation(ROTATE_DEG, InterpolationMode.BILINEAR),
+        ]
+    )
+
+    def image(sample: dict[str, bytes]) -> torch.Tensor:
+        with Image.open(io.BytesIO(sample["image"])) as picture:
+            return transform(picture.convert("L"))  # uint8 (1, S, S)
+
+    target = device()
+    samples = StreamingDataset(str(folder), shuffle=True, drop_last=True, transform=image)
+    options: dict[str, Any] = {"num_workers": load.workers, "pin_memory": target.type == "cuda"}
+    options |= {"multiprocessing_context": "fork", "persistent_workers": True, "drop_last": True}
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    loader = StreamingDataLoader(samples, batch_size=load.batch, **options)
+    return lambda: (batch.to(target, non_blocking=True) for batch in loader)

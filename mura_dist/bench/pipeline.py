@@ -25,7 +25,7 @@ from mura_dist.bench.clock import Contender
 from mura_dist.bench.footprint import Loader
 from mura_dist.bench.streams import Epochs, device, stream
 from mura_dist.bench.workload import ROTATE_DEG, Load, Options
-from mura_dist.core.errors import RunError
+from mura_dist.core.errors import RunError, install_remedy
 from mura_dist.data.loaders import sampler
 
 CPU, DALI = "mura-dist, cpu backend, raw shards", "mura-dist, dali backend, raw shards"
@@ -44,6 +44,8 @@ def contenders(load: Load) -> list[Contender]:
     folder, files = load.scratch / "shards", load.scratch / "files.tar"
     convert(load.folder, folder, size=load.size, workers=load.workers)
     _pack(load, files)
+    if peers.CHUNKS not in peers.missing():
+        peers.write_chunks(load, load.scratch / "chunks")
     own = {CPU: partial(batches, folder, "cpu"), ORIGINAL: partial(originals, files)}
     own |= {DALI: partial(batches, folder, "dali"), RESIDENT: partial(batches, folder, "resident")}
     return [
@@ -60,16 +62,21 @@ def _peers(load: Load) -> dict[str, Callable[[Load], Epochs]]:
 
     folder = load.scratch / "shards"
     tars = [str(folder / name) for name in Shards.open(folder).tar_names()]
-    return {
+    builds: dict[str, Callable[[Load], Epochs]] = {
         peers.FILES: peers.data_loader,
         peers.TAR: partial(peers.webdataset, [str(load.scratch / "files.tar")]),
         peers.READER: partial(peers.dali_reader, tars),
         peers.SHARDS: partial(peers.webdataset, tars),
+        peers.THREADS: peers.spdl,
+        peers.CHUNKS: partial(peers.litdata, load.scratch / "chunks"),
     }
+    return {name: build for name, build in builds.items() if name not in peers.missing()}
 
 
 def more(load: Load, options: Options, results: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
     """Return `start`: time to the first batch and memory in new processes, with the peers' best numbers of workers."""
+    for name, module in peers.missing().items():
+        log(f"skipped {name}: {module} is not installed. Run {install_remedy('peers')}.")
     folder, peer_builds = load.scratch / "shards", _peers(load)
     workers = {result["name"]: result["workers"] for result in results["contenders"]}
     imports = ("torch", "mura_dist.data.shards.reader", "mura_dist.data.loaders.loader")
