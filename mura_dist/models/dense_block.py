@@ -127,11 +127,12 @@ class NormReluConv:
             grad_bias: the output's gradient summed over the pixels, (O,). None if it is 0, as before a norm.
         """
         relu = self._relu
+        inner = inner.to(weight.dtype)
         if grad_bias is not None:
-            inner = torch.addr(inner.to(relu.kink.dtype), grad_bias, relu.kink, alpha=-1)  # of a - kink
+            inner = torch.addr(inner, grad_bias, relu.kink, alpha=-1)  # of a - kink
         grad_shift = passing / relu.weight
         grad_scale = (weight.flatten(1) * inner).sum(0).addcmul_(relu.kink, grad_shift)
-        grad_weight = inner * relu.weight
+        grad_weight = inner.mul_(relu.weight)
         if grad_bias is not None:
             grad_weight.addr_(grad_bias, relu.least)
         return grad_scale, grad_shift, grad_weight.view_as(weight)
