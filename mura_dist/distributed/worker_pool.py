@@ -105,6 +105,7 @@ def start_pool(
     arguments: tuple[Any, ...],
     *,
     workers: int,
+    max_workers: int = 0,
     limits: PoolLimits = DEFAULT_LIMITS,
     chunk_bytes: int = 0,
 ) -> Iterator["WorkerPool"]:
@@ -114,14 +115,15 @@ def start_pool(
         prepare: Called as `prepare(*arguments)` in each worker; returns the function that does one task.
         arguments: Arguments of `prepare`.
         workers: Number of processes.
+        max_workers: Number of processes to which `WorkerPool.grow` may increase it.
         limits: Limits of each task.
         chunk_bytes: Bytes of shared memory for the buffers of a chunk's results. Buffers in it are valid until the consumer asks
             for the result after the chunk's last one. Buffers that do not fit are pickled.
     """
-    supervisor = _Supervisor(prepare, arguments, workers, limits, chunk_bytes)
+    supervisor = _Supervisor(prepare, arguments, workers, max(workers, max_workers), limits, chunk_bytes)
     supervisor.start()
     try:
-        yield WorkerPool(supervisor, workers)
+        yield WorkerPool(supervisor)
     finally:
         supervisor.stop()
 
@@ -131,7 +133,15 @@ class WorkerPool:
     """Worker processes that do tasks; see start_pool."""
 
     _supervisor: "_Supervisor"
-    workers: int
+
+    @property
+    def workers(self) -> int:
+        """Number of processes."""
+        return self._supervisor.num_workers
+
+    def grow(self, workers: int) -> None:
+        """Start processes until there are `workers`, at most `max_workers` of start_pool."""
+        self._supervisor.grow(workers)
 
     def results(self, chunks: Iterable[Sequence[Any]], *, ahead: int = _AHEAD) -> Iterator[Any]:
         """Yield the result of each task, or TaskFailed, in order. Exhaust the iterator before the next call.
@@ -157,14 +167,21 @@ class _Supervisor(threading.Thread):
     """Thread that sends chunks, receives results and enforces limits, so that workers never wait for the consumer."""
 
     def __init__(
-        self, prepare: Prepare, arguments: tuple[Any, ...], num_workers: int, limits: PoolLimits, chunk_bytes: int
+        self,
+        prepare: Prepare,
+        arguments: tuple[Any, ...],
+        num_workers: int,
+        max_workers: int,
+        limits: PoolLimits,
+        chunk_bytes: int,
     ) -> None:
         super().__init__(daemon=True, name="supervisor")
-        progress_bytes, num_chunks = _PROGRESS_BYTES * num_workers, _AHEAD * num_workers + 1  # one is being consumed
+        progress_bytes, num_chunks = _PROGRESS_BYTES * max_workers, _AHEAD * max_workers + 1  # one is being consumed
         starts = [progress_bytes + number * chunk_bytes for number in range(num_chunks if chunk_bytes else 0)]
         self.free_memory = [(start, start + chunk_bytes) for start in starts]
         self.arena = _create_arena(progress_bytes + num_chunks * chunk_bytes)
         self.prepare, self.limits, self.num_workers = (prepare, arguments), limits, num_workers
+        self.max_workers = max_workers
         self.chunks: Iterator[Sequence[Any]] = iter(())
         self.exhausted, self.ahead = True, 0
         self.changed = threading.Condition()
@@ -180,6 +197,10 @@ class _Supervisor(threading.Thread):
         self.selector.register(self.wakeup_receiver, selectors.EVENT_READ)
 
     # ---- called by the consumer
+
+    def grow(self, num_workers: int) -> None:
+        self.num_workers = min(self.max_workers, max(self.num_workers, num_workers))
+        self._wake()
 
     def feed(self, chunks: Iterator[Sequence[Any]], ahead: int) -> None:
         with self.changed:
@@ -220,8 +241,9 @@ class _Supervisor(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.workers = [self._start_worker(number) for number in range(self.num_workers)]
             while not self.stopping:
+                while len(self.workers) < self.num_workers:
+                    self.workers.append(self._start_worker(len(self.workers)))
                 self._send_chunks()
                 self._receive()
                 self._enforce_limits()

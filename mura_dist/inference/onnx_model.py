@@ -138,7 +138,8 @@ class OnnxModel:
         """Yield `outputs` of each batch in order.
 
         Args:
-            batches: image (B, 1, S, S) uint8 each. `session_config.streams` batches are in flight, and one more is fetched.
+            batches: image (B, 1, S, S) uint8 each. `session_config.streams` batches are in flight, and two more are fetched:
+                batches may end in another order, and a stream should not wait for the caller.
             outputs: Names of the outputs to compute.
         """
         if self.session_config.streams == 1:
@@ -150,7 +151,7 @@ class OnnxModel:
         with ThreadPoolExecutor(streams, "stream") as pool:
             for batch in batches:
                 in_flight.append(pool.submit(self._run, batch, outputs))
-                if len(in_flight) > streams:
+                if len(in_flight) > streams + 1:
                     yield in_flight.popleft().result()
             while in_flight:
                 yield in_flight.popleft().result()

@@ -48,6 +48,7 @@ from mura_dist.inference.output_folder import OutputFolder, json_sha256, refuse_
 from mura_dist.inference.overlays import Overlays, sum_overlay_counts
 from mura_dist.inference.predict_summary import summarize
 from mura_dist.inference.pseudonyms import Pseudonymizer
+from mura_dist.inference.reader_pool import start_readers
 from mura_dist.inference.tables import ChunkResult, TableCounts
 from mura_dist.models.card import Card
 
@@ -140,6 +141,9 @@ def predict(
             contextlib.nullcontext() if options.shared else private(out),
             stop_event(patience_s=0) as stop,
             folder.locked(stop),
+            start_readers(
+                model.size, min(model.session_config.batch_size or 1, CHUNK), options.workers, options.limits
+            ) as readers,
             _listed_files(sources, folder, pseudonymizer, options.keytable, stop, progress) as files,
         ):
             if (config := _resolve_session_config(folder, model, model_path, options, log)) != model.session_config:
@@ -155,7 +159,7 @@ def predict(
                     Overlays(out, options.allow_pixels, model.card.trained_on_phantoms) if options.overlays else None
                 )
                 chunks = ChunkPredictor(model, sources.directory, groups, files, folder, overlays, stop, progress)
-                chunks.run(options.workers, options.limits)
+                chunks.run(readers)
                 if folder.rank == 0:
                     counts, num_overlays = _write_tables(folder, files, groups, model.card, options, stop)
                     _check_io_faults(counts, folder.load_chunks(files.num_chunks, stop))

@@ -27,7 +27,7 @@ from mura_dist.core.errors import RunError, StopRequestedError, UserError
 from mura_dist.data import gate, mura, radiograph
 from mura_dist.distributed.worker_pool import PoolLimits
 from mura_dist.evaluation import prediction_files
-from mura_dist.inference import autotune, chunks, grouping, pseudonyms, tables
+from mura_dist.inference import autotune, grouping, pseudonyms, reader_pool, tables
 from mura_dist.inference import predict as predict_module
 from mura_dist.inference.engine import SessionConfig, pipelined_config
 from mura_dist.inference.engine_onnxruntime import OnnxRuntime
@@ -188,7 +188,7 @@ def test_file_that_crashes_its_reader_is_a_failure(
     }
     for name in expected_codes:
         draw(tmp_path / "in" / name)
-    monkeypatch.setattr(chunks, "RadiographReader", faulty_reader.RadiographReader)
+    monkeypatch.setattr(reader_pool, "RadiographReader", faulty_reader.RadiographReader)
     options = PredictOptions(workers=2, limits=PoolLimits(processor_s=1, memory_bytes=300 << 20))
     summary = predict(model, tmp_path / "in", tmp_path / "out", options)
     actual = {row["path"]: (row["code"], row["reason"]) for row in rows(tmp_path / "out" / "failures.csv")}
