@@ -234,6 +234,11 @@ def write_json(path: Path, value: Any, *, mode: int | None = None) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
 
 
+def json_sha256(value: Any) -> str:
+    """Return the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 # ---- untrusted JSON
 
 

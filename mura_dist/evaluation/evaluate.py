@@ -10,6 +10,7 @@ card.
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ import torch
 
 from mura_dist.core import files
 from mura_dist.core.errors import UserError
-from mura_dist.core.storage import StoragePath
+from mura_dist.core.storage import StoragePath, sha256
 from mura_dist.data.class_weights import compute_class_weights
 from mura_dist.data.loaders.loader import BatchLoader, RowTargets
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import process_group
+from mura_dist.distributed.process_group import World
 from mura_dist.evaluation import results, saliency
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
 from mura_dist.metrics import calibration
@@ -30,6 +32,7 @@ from mura_dist.models.target import Target
 from mura_dist.training import mlflow_process
 from mura_dist.training.metrics_log import read
 from mura_dist.training.scores import Scores, study_scores
+from mura_dist.training.stamp import Stamp
 from mura_dist.training.validation import score_rows
 from mura_dist.training.weights import ModelWeights
 
@@ -81,26 +84,56 @@ def evaluate_target(
     else:
         tune_rows = tune
     scored_rows = np.union1d(rows, tune_rows)
-    started = time.perf_counter()
     with process_group.join(settings.collective_timeout_s) as world:
+        stamp = _stamp(target, weights, shards, options, world) if world.is_first else None
+        unchanged = results.load_unchanged(stamp, options.out, log) if stamp else None
+        if world.any(unchanged is not None):
+            _send_to_mlflow(target, options.out, world, log)
+            return unchanged or {}
+        started, earlier = time.perf_counter(), results.load_scores(stamp) if stamp else None
+        is_scored = world.any(earlier is not None)
+        if is_scored and not world.is_first:
+            return {}
         model = weights.load_model().to(world.device)
         targets = RowTargets.from_shards(shards)
         loader = BatchLoader.from_settings(settings, shards, targets, world.device)
         tune_note = f", and tune to fit on: {len(tune_rows)}" if len(tune_rows) and split != "tune" else ""
         log(f"evaluating {weights.name} on {split}: {len(rows)} radiographs{tune_note}")
-        row_scores = score_rows(model, scored_rows, loader, world, progress=progress)
-        if not world.is_first:
+        if earlier:
+            log("the model, the shards and the code are those of the last evaluation, so its logits are used again")
+            row_scores, seconds = earlier
+        else:
+            row_scores = score_rows(model, scored_rows, loader, world, progress=progress)
+            seconds = time.perf_counter() - started
+        if stamp is None:
             return {}
     if isinstance(tune, str):
         thresholds = FittedThresholds(reason=tune)
     else:
         thresholds = _fit(weights, shards, row_scores.select_rows(tune), split)
-    seconds = time.perf_counter() - started
     split_scores = SplitScores(row_scores.select_rows(rows), thresholds, seconds, len(scored_rows))
     metrics = results.write(shards, _subject(target, weights, model, shards, split), split_scores, options, log)
-    if target.kind == "run" and options.out.resolve() == target.path.resolve():
-        mlflow_process.send_remaining(target.path, log)
+    results.write_stamp(stamp, options.out, row_scores, seconds)
+    _send_to_mlflow(target, options.out, world, log)
     return metrics
+
+
+def _send_to_mlflow(target: Target, out: Path, world: World, log: Callable[[str], None]) -> None:
+    """Send what a run's server does not have yet, if the run's own evaluation is in its folder. Only rank 0 sends."""
+    if world.is_first and target.kind == "run" and out.resolve() == target.path.resolve():
+        mlflow_process.send_remaining(target.path, log)
+
+
+def _stamp(target: Target, weights: ModelWeights, shards: Shards, options: EvaluateOptions, world: World) -> Stamp:
+    """Return the stamp of this evaluation."""
+    history = target.path / "metrics.jsonl"  # of a run, for its report
+    model = {"members": weights.inputs(), "ranks": world.size, "device": world.device.type}
+    context = {
+        "target": target.name,
+        "list": [member.model_dump() for member in weights.members],
+        "history_sha256": sha256(history) if history.is_file() else None,
+    }
+    return results.make_stamp(model, shards, (options.split, "tune"), options, context)
 
 
 def _subject(

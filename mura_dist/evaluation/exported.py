@@ -65,7 +65,13 @@ def evaluate_onnx(
     results.check_out(options.out, target)
     rows, started = shards.rows(options.split), time.perf_counter()
     shards.check_tars(options.split)
-    scores, card = _scores(model, shards, rows, log, progress), model.card
+    described = {"sha256": model.sha256, "provider": model.provider}
+    stamp = results.make_stamp(described, shards, (options.split,), options, {"target": path.name})
+    if (unchanged := results.load_unchanged(stamp, options.out, log)) is not None:
+        return unchanged
+    earlier = results.load_scores(stamp)
+    scores, seconds = earlier or (_scores(model, shards, rows, log, progress), time.perf_counter() - started)
+    card = model.card
     subject = EvaluationSubject(
         title=f"{path.name} on {options.split}",
         name=f"{path.name} {card.checkpoint}",
@@ -77,8 +83,9 @@ def evaluate_onnx(
         members=[member.model_dump() for member in card.members],
     )
     options = replace(options, operating_point=options.operating_point or card.operating_point)
-    split_scores = SplitScores(scores, card.calibration, time.perf_counter() - started)
-    return results.write(shards, subject, split_scores, options, log)
+    metrics = results.write(shards, subject, SplitScores(scores, card.calibration, seconds), options, log)
+    results.write_stamp(stamp, options.out, scores, seconds)
+    return metrics
 
 
 def _scores(

@@ -7,6 +7,7 @@
 All maps of all galleries use one scale of logits (heatmap.py), so that two maps can be compared.
 """
 
+import os
 import re
 import shutil
 import time
@@ -92,15 +93,19 @@ def paths(out: Path) -> tuple[Path, Path, Path]:
 
 def clear(out: Path) -> None:
     """Delete what `write` created, and nothing else in those places."""
-    *single, folder = paths(out)
-    for path in single:
+    for path in list_files(out):
         path.unlink(missing_ok=True)
-    if folder.is_dir() and not folder.is_symlink():
-        for path in folder.iterdir():
-            if _GALLERY_FILES.fullmatch(path.name):
-                path.unlink()
-        if not any(folder.iterdir()):
-            shutil.rmtree(folder)
+    *_, folder = paths(out)
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        shutil.rmtree(folder)
+
+
+def list_files(out: Path) -> list[Path]:
+    """Return the existing files that `write` created."""
+    *single, folder = paths(out)
+    entries = sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+    pictures = [path for path in entries if _GALLERY_FILES.fullmatch(path.name)]
+    return [path for path in single if os.path.lexists(path)] + pictures
 
 
 # ---- gallery.json

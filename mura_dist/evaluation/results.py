@@ -8,7 +8,9 @@ studies.csv, report.html, report.json, pictures/, and optionally the gallery (LO
 
 import contextlib
 import math
+from base64 import b64decode, b64encode
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,10 @@ from mura_dist.models.target import Target
 from mura_dist.reports import evaluation
 from mura_dist.training.run import environment
 from mura_dist.training.scores import Scores, study_scores
+from mura_dist.training.stamp import Stamp
 
+STAMP = ".evaluate.json"
+_FILES = ("metrics.json", "predictions.csv", "predictions-official.csv", "studies.csv", "report.html", "report.json")
 SPLIT_ROLES = {
     "train": "fits the weights",
     "tune": "chooses: learning-rate drops, the checkpoint, calibration, thresholds, the uncertain band",
@@ -57,6 +62,54 @@ def check_out(out: Path, target: Target) -> None:
     for kind, content in (("run", "is a run, whose report"), ("prediction", "holds predictions, whose tables")):
         if kind in kinds:
             raise UserError(f"--out {out} {content} would be overwritten. Pass another folder.")
+
+
+def make_stamp(
+    model: dict[str, Any], shards: Shards, splits: tuple[str, ...], options: EvaluateOptions, context: dict[str, Any]
+) -> Stamp:
+    """Return the stamp of an evaluation. Reads the tars of `splits`.
+
+    Args:
+        model: JSON value that identifies the model and how it is computed.
+        shards: the shards.
+        splits: splits whose radiographs are scored.
+        options: the options.
+        context: JSON value that identifies what the report and the gallery say beside the scores.
+    """
+    scoring = {"model": model, "shards": shards.digest(*splits), "split": options.split}
+    report = {key: value for key, value in asdict(options).items() if key != "out"} | context
+    return Stamp(options.out / STAMP, {"scoring": scoring, "report": report})
+
+
+def load_unchanged(stamp: Stamp, out: Path, log: Callable[[str], None]) -> dict[str, Any] | None:
+    """Return metrics.json if `out` holds this evaluation already, else None."""
+    if stamp.find() is None:
+        return None
+    log(f"nothing changed since the last evaluation: {out} stays as it is")
+    metrics: dict[str, Any] = files.parse_json((out / "metrics.json").read_bytes(), dict[str, Any])
+    return metrics
+
+
+def load_scores(stamp: Stamp) -> tuple[Scores, float] | None:
+    """Return the scores of the last evaluation and their seconds, or None if it scored anything else."""
+    result = stamp.find_result_of("scoring")
+    if result is None:
+        return None
+    rows, logit, corrupt = (
+        np.frombuffer(b64decode(result[name]), dtype)
+        for name, dtype in (("rows", np.int64), ("logit", np.float32), ("corrupt", np.int64))
+    )
+    return Scores(rows, logit, corrupt), result["seconds"]
+
+
+def write_stamp(stamp: Stamp, out: Path, scores: Scores, seconds: float) -> None:
+    """Write the stamp after all results, with the scores of all radiographs that were scored."""
+    encoded = {
+        name: b64encode(array.tobytes()).decode()
+        for name, array in (("rows", scores.rows), ("logit", scores.logit), ("corrupt", scores.corrupt))
+    }
+    outputs = [*(out / name for name in _FILES), *sorted((out / "pictures").glob("*.svg")), *gallery.list_files(out)]
+    stamp.write(outputs, encoded | {"seconds": seconds})
 
 
 def write(

@@ -12,7 +12,6 @@ in a table, repeats the chunks. A complete prediction stays.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
@@ -241,11 +240,6 @@ def wait_for_ranks(stop: threading.Event) -> None:
     """Wait for a fraction of a second. Raises StopRequestedError if `stop` is set."""
     if stop.wait(_POLL_S):
         raise StopRequestedError("stopped while waiting for another rank. The same command resumes.")
-
-
-def json_sha256(value: Any) -> str:
-    """Return the SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _load(path: Path, schema: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from typing import Any
 
 from mura_dist import __version__
 from mura_dist.core.errors import RunError, StopRequestedError, UserError, install_remedy
-from mura_dist.core.files import PRIVATE, private, scratch
+from mura_dist.core.files import PRIVATE, json_sha256, private, scratch
 from mura_dist.data import gate
 from mura_dist.data.io_faults import IO_ERROR
 from mura_dist.distributed import environment, worker_pool
@@ -44,7 +44,7 @@ from mura_dist.inference.file_list import FileList
 from mura_dist.inference.grouping import Grouping
 from mura_dist.inference.inputs import Inputs, exclude_output
 from mura_dist.inference.onnx_model import OnnxModel
-from mura_dist.inference.output_folder import OutputFolder, json_sha256, refuse_foreign
+from mura_dist.inference.output_folder import OutputFolder, refuse_foreign
 from mura_dist.inference.overlays import Overlays, sum_overlay_counts
 from mura_dist.inference.predict_summary import summarize
 from mura_dist.inference.pseudonyms import Pseudonymizer

@@ -15,6 +15,8 @@ import torch
 from mura_dist.core import config, files
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import UserError
+from mura_dist.core.storage import sha256
+from mura_dist.data.folder_kind import RECIPE
 from mura_dist.models import model_list
 from mura_dist.models.card import EnsembleMember
 from mura_dist.models.densenet import build
@@ -121,6 +123,19 @@ class ModelWeights:
         """Return the SHA-256 of each checkpoint's weights. It identifies them independent of names."""
         return [weights_digest(checkpoint.folder) for checkpoint in self.checkpoints]
 
+    def inputs(self) -> list[dict[str, str]]:
+        """Return the files that make the model and describe it, for a stamp: names and SHA-256, for each member."""
+        return [
+            {
+                "run": run.folder.resolve().name,
+                "checkpoint": checkpoint.name,
+                "weights_sha256": weights_digest(checkpoint.folder),
+                "recipe_sha256": sha256(run.folder / RECIPE),
+                "data_sha256": sha256(run.folder / "data.json"),
+            }
+            for run, checkpoint in zip(self.runs, self.checkpoints, strict=True)
+        ]
+
     def data(self) -> dict[str, Any]:
         """Return data.json of the first member's run. All members were trained on the same data."""
         return self.runs[0].data()
@@ -157,9 +172,9 @@ def _load_member(path: Path, member: EnsembleMember) -> tuple[Run, Checkpoint]:
         checkpoint = checkpoints.read(folder)
     except ValueError as error:
         raise UserError(f"{path}: a member is corrupt: {error}. {remedy}") from error
-    if (sha256 := weights_digest(folder)) != member.sha256:
+    if (digest := weights_digest(folder)) != member.sha256:
         raise UserError(
-            f"{path}: the member {folder} has changed: {WEIGHTS} has the digest {sha256[:12]}, the list has "
+            f"{path}: the member {folder} has changed: {WEIGHTS} has the digest {digest[:12]}, the list has "
             f"{member.sha256[:12]}. {remedy}"
         )
     return Run.load(run_folder), checkpoint

@@ -14,6 +14,7 @@ from mura_dist.data.loaders import opencv, sampler
 from mura_dist.data.shards.codec import SUFFIX
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.shards.reader import Shards
+from mura_dist.evaluation import results
 
 ABSENT = (
     "torch",
@@ -42,10 +43,13 @@ def encoded(request: pytest.FixtureRequest, phantoms: Path, tmp_path_factory: py
     return folder
 
 
+UNEQUAL = ("report.html", "report.json", results.STAMP)
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Return the files of an evaluation without the report and without measured seconds."""
+    """Return the files of an evaluation without the report, measured seconds and the stamp, which has versions."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    content = {name: path.read_bytes() for name, path in paths.items() if name not in ("report.html", "report.json")}
+    content = {name: path.read_bytes() for name, path in paths.items() if name not in UNEQUAL}
     content["gallery.json"] = json.dumps({**json.loads(content["gallery.json"]), "seconds": 0}).encode()
     return content
 

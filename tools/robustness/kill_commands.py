@@ -7,8 +7,8 @@ python tools/robustness/kill_commands.py [--kills 3] [--seed S] [--keep DIR] [CO
 
 A moment is uniform over the time of the undisturbed command. A moment that comes too late is halved, and its trial starts again.
 Every file is compared byte for byte, except reports and galleries, which contain times. Their JSON is compared without the times,
-and their HTML is not compared. Exit status: 0 all equal; 1 a difference, a left-over file, a surviving process or a failed
-command.
+and their HTML and the stamp with its digests are not compared. Exit status: 0 all equal; 1 a difference, a left-over file, a
+surviving process or a failed command.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from kill_conversion import LIMIT_S, MURA_DIST, kill_after
 
 TINY = ("architecture=tiny", "epochs=2", "global_batch=12", "micro_batch=6", "precision=fp32", "tensorboard=false")
 TIMED = ("report.json", "gallery.json", "report.html", "gallery.html", "predict.json", "status.json", "metrics.jsonl")
+STAMP = ".evaluate.json"  # digests of the reports
 CLOCK = (  # keys whose values differ from start to start
     *("seconds", "radiographs_per_s", "files_per_s", "waiting_s", "time", "time_s", "evaluation_s", "images_per_s"),
     *("data_wait_share", "overhead_share", "limited_by", "throughput"),
@@ -71,9 +72,9 @@ def contents(out: Path) -> Iterator[tuple[str, Any]]:
     """Yield (name, content) of every file. The content of TIMED files is without times."""
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         name = path.relative_to(out).as_posix()
-        if path.name not in TIMED:
+        if path.name not in (*TIMED, STAMP):
             yield name, path.read_bytes()
-        elif path.suffix == ".html":
+        elif path.suffix == ".html" or path.name == STAMP:
             yield name, None
         else:
             texts = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]

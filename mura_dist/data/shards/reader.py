@@ -18,7 +18,8 @@ from typing import Any, Self
 import numpy as np
 
 from mura_dist.core.errors import RunError, UserError, is_io_fault, os_reason
-from mura_dist.core.storage import StoragePath
+from mura_dist.core.files import json_sha256
+from mura_dist.core.storage import StoragePath, sha256
 from mura_dist.data.manifest import Manifest
 from mura_dist.data.shards import cache
 from mura_dist.data.shards.codec import SUFFIX, decode, npy_header
@@ -170,6 +171,23 @@ class Shards:
                         "`mura-dist shards` command again."
                     )
         _ = self._locations
+
+    def digest(self, *splits: str) -> str:
+        """Return the SHA-256 of the manifest, the indexes of all tars and the tars of `splits`, by reading them.
+
+        A file that cannot be read counts as None: reading its samples raises the error.
+        """
+
+        def file_digest(name: str) -> str | None:
+            try:
+                return sha256(self.folder / name)
+            except OSError:
+                return None
+
+        tars = self.tar_names()
+        tables = [str(Path(name).with_suffix(suffix)) for name in tars for suffix in (".idx", ".crc")]
+        names = ["index.json", "manifest.csv", *tables, *(name for split in splits for name in self.tar_names(split))]
+        return json_sha256({name: file_digest(name) for name in names})
 
     def read_members(self, name: str) -> list[list[TarMember]]:
         """Read the image, label and row members of each sample of a tar from its .idx file.

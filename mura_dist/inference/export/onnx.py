@@ -29,6 +29,7 @@ from mura_dist import __version__
 from mura_dist.core import files
 from mura_dist.core.errors import RunError, UserError
 from mura_dist.data.shards.reader import Shards
+from mura_dist.inference import onnx_metadata
 from mura_dist.inference.engine_onnxruntime import import_onnxruntime
 from mura_dist.inference.export import int8, precision, triton
 from mura_dist.inference.onnx_model import OnnxModel
@@ -37,6 +38,7 @@ from mura_dist.models.card import KEY, PRODUCER, WEIGHT_BITS, Card, PrecisionCha
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
 from mura_dist.models.target import Target
+from mura_dist.training.stamp import Stamp
 from mura_dist.training.weights import ModelWeights
 
 OPSET = 18
@@ -152,16 +154,46 @@ def _export(
         raise UserError(
             f"metrics.json is invalid ({type(error).__name__}: {reason}). Run `mura-dist evaluate` again."
         ) from error
+    shards = _open_shards(weights, options)
+    stamp = _stamp(weights, metrics, out, options, shards)
+    if (result := stamp.find()) is not None:
+        log(f"nothing changed since the last export: {out} stays as it is")
+        return _load_report(out, result)
     model = weights.load_model()
-    if options.precision == "fp32":
-        report = export(model, card, out, radiographs=_sample_radiographs(weights, options.shards), progress=progress)
+    if shards is None or options.precision == "fp32":
+        images = precision.sample_images(shards, weights.settings.select_on, NUM_RADIOGRAPHS) if shards else None
+        report = export(model, card, out, radiographs=images, progress=progress)
     else:
-        shards = precision.open_shards(weights, options.shards)
         assert isinstance(model, DenseNet | Ensemble)
         report = export_variant(model, card, out, options, shards, log)
     if options.triton_folder is not None:
         triton.write(options.triton_folder, out.read_bytes())
+    measured = {key: getattr(report, key) for key in ("max_logit_difference", "num_radiographs", "over")}
+    stamp.write([out], measured)
     return report
+
+
+def _stamp(
+    weights: ModelWeights, metrics: dict[str, Any], out: Path, options: ExportOptions, shards: Shards | None
+) -> Stamp:
+    """Return the stamp of this export. Reads the tars that the comparisons take radiographs from."""
+    splits = [weights.settings.select_on, *(["train"] if options.precision == "int8" else [])]
+    request = {
+        "members": weights.inputs(),
+        "list": [member.model_dump() for member in weights.members],
+        "metrics_sha256": files.json_sha256(metrics),
+        "shards": shards.digest(*splits) if shards else None,
+        "options": [options.precision, options.weight_bits, options.allow_change],
+    }
+    outside = triton.list_files(options.triton_folder) if options.triton_folder is not None else {}
+    return Stamp(out.with_name(f".export-{out.name}.json"), request, outside)
+
+
+def _load_report(out: Path, measured: dict[str, Any]) -> ExportReport:
+    """Return the report of the export that wrote `out`."""
+    data = out.read_bytes()
+    card = Card.parse(onnx_metadata.read(data, KEY), str(out))
+    return ExportReport(card, len(data), change=card.change, **measured)
 
 
 def _find_metrics(weights: ModelWeights, folders: Sequence[Path]) -> dict[str, Any]:
@@ -202,13 +234,15 @@ def _build_card(weights: ModelWeights, metrics: dict[str, Any]) -> Card:
     )
 
 
-def _sample_radiographs(weights: ModelWeights, folder: Path | str | None) -> np.ndarray | None:
-    """Return radiographs of the run's shards for the gate, uint8 (N, 1, S, S); None if the shards have moved."""
+def _open_shards(weights: ModelWeights, options: ExportOptions) -> Shards | None:
+    """Return the run's shards; None if they have moved and an fp32 file, whose gate does without, needs none."""
     try:
-        shards = precision.open_shards(weights, folder)
-        return precision.sample_images(shards, weights.settings.select_on, NUM_RADIOGRAPHS)
+        shards = precision.open_shards(weights, options.shards)
+        shards.rows(weights.settings.select_on)
+        shards.check_tars()
+        return shards
     except UserError:
-        if folder is not None:
+        if options.shards is not None or options.precision != "fp32":
             raise
         return None
 

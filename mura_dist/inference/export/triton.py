@@ -41,6 +41,12 @@ def check(repository: Path) -> None:
         )
 
 
+def list_files(repository: Path) -> dict[str, Path]:
+    """Return the files that `write` writes, by their names for a stamp."""
+    folder = repository / NAME
+    return {"triton model": folder / "1" / "model.onnx", "triton configuration": folder / "config.pbtxt"}
+
+
 def write(repository: Path, data: bytes) -> None:
     """Write the ONNX file `data` to the repository in place of an earlier export. Other models stay.
 
@@ -48,10 +54,10 @@ def write(repository: Path, data: bytes) -> None:
     the configuration of another.
     """
     check(repository)
-    folder = repository / NAME
-    (folder / "config.pbtxt").unlink(missing_ok=True)
-    files.write_bytes(folder / "1" / "model.onnx", data)
-    files.write_text(folder / "config.pbtxt", config(data))
+    model_file, config_file = list_files(repository).values()
+    config_file.unlink(missing_ok=True)
+    files.write_bytes(model_file, data)
+    files.write_text(config_file, config(data))
 
 
 def config(data: bytes) -> str:
