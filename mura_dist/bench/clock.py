@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mura_dist.bench.workload import Load
 from mura_dist.core.errors import RunError
@@ -29,7 +29,15 @@ from mura_dist.distributed import processes
 
 _NUM_PROBES, _PROBE_S = 3, 0.7  # turns per number of workers; seconds per turn, at most a round's
 
-Work = Callable[[Path], int]
+
+class Timed(NamedTuple):
+    """Number of images of a work, and seconds of it that are not measured."""
+
+    num_images: int
+    excluded_s: float
+
+
+Work = Callable[[Path], int | Timed]
 """Does the work once, with an empty folder for its output, and returns the number of images."""
 
 
@@ -44,6 +52,7 @@ class Contender:
         worker_counts: Numbers of workers to try before the rounds; the best one is used. Empty: the Load's.
         is_stream: Whether its queues fill while others run.
         family: Ratios are computed within a family.
+        baseline: Name of another contender with which this one is compared too.
     """
 
     name: str
@@ -52,6 +61,7 @@ class Contender:
     worker_counts: tuple[int, ...] = ()
     is_stream: bool = False
     family: str = ""
+    baseline: str = ""
 
 
 def play(
@@ -81,6 +91,7 @@ def play(
     pairs = [
         (a.name, b.name) for b in contenders if not b.is_own for a in contenders if a.is_own and a.family == b.family
     ]
+    pairs += [(contender.name, contender.baseline) for contender in contenders if contender.baseline]
     ratios = {f"{a} / {b}": spread([x / y for x, y in zip(rates[a], rates[b], strict=True)]) for a, b in pairs}
     return {"rounds": rounds, "contenders": results, "ratios": ratios}
 
@@ -149,6 +160,10 @@ def _measure(work: Work, seconds: float) -> tuple[int, float]:
     while not num_images or elapsed_s < seconds:
         with tempfile.TemporaryDirectory(dir=_scratch) as folder:
             started = time.perf_counter()
-            num_images += work(Path(folder))
+            result = work(Path(folder))
             elapsed_s += time.perf_counter() - started
+            if isinstance(result, Timed):
+                elapsed_s -= result.excluded_s
+                result = result.num_images
+            num_images += result
     return num_images, elapsed_s

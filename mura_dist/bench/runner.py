@@ -36,7 +36,7 @@ BENCHES = {
     "encodings": Defaults(320, 400, 1500),
     "train": Defaults(320, 32, 32),
     "ranks": Defaults(224, 32, 32),
-    "predict": Defaults(320, 48, 48),
+    "predict": Defaults(320, 2000, 2000),
 }
 _COLUMNS = ("median", "min", "max")
 
@@ -52,8 +52,8 @@ def run(what: str, log: Callable[[str], None], options: Options | None = None) -
     Returns:
         what, command, hardware, versions, workload, rounds, contenders and ratios {"own / peer": {median, min, max}}. Each
         contender has name, ours (whether it is this package's), num_images, images_per_s {median, min, max}, workers, and tried:
-        images/s by number of workers. shards adds `ceiling`, pipeline `start` (footprint.py), encodings `encodings`, train
-        `activations`.
+        images/s by number of workers. shards adds `ceiling`, predict `ceilings`, pipeline `start` (footprint.py), encodings
+        `encodings`, train `activations`.
 
     Raises:
         UserError: invalid options, or a folder without valid radiographs.
@@ -118,6 +118,7 @@ def table(measured: dict[str, Any]) -> str:
         _lines("images/s", rates, (*_COLUMNS, "images", "workers")),
         _lines("times as fast", measured["ratios"], _COLUMNS),
         _ceiling_lines(measured.get("ceiling")),
+        _prediction_ceiling_lines(measured.get("ceilings", [])),
         _start_lines(measured.get("start", [])),
         _encoding_lines(measured.get("encodings", [])),
         _activation_lines(measured.get("activations", [])),
@@ -168,6 +169,20 @@ def _ceiling_lines(ceiling: dict[str, Any] | None) -> list[str]:
     rows |= {"ceiling, radiographs/s": {"median": f"{ceiling['images_per_s']:.1f}"}}
     rows |= {"share of the ceiling reached": {"median": f"{ceiling['ratio']:.3f}"}}
     return _lines("ceiling of a conversion", rows, ("median",))
+
+
+def _prediction_ceiling_lines(ceilings: Sequence[dict[str, Any]]) -> list[str]:
+    columns = {
+        "decode, ms": "decode_ms",
+        "gate, ms": "gate_ms",
+        "model, ms": "model_ms",
+        "ceiling": "ceiling",
+        "files / pixels": "ratio",
+        "share": "share",
+    }
+    rows = {row["name"]: {title: f"{row[key]:.3f}" for title, key in columns.items()} for row in ceilings}
+    lines = _lines("ceiling of a prediction", rows, tuple(columns))
+    return [*lines, "ms of a core per radiograph; ceiling: model / (decode + gate + model)"] if lines else []
 
 
 def _start_lines(start: Sequence[dict[str, Any]]) -> list[str]:

@@ -59,13 +59,13 @@ class Load:
     batch: int
     architecture: str
 
-    def pixels(self) -> list[np.ndarray]:
-        """Return full batches, uint8 (B, 1, S, S) each."""
+    def pixels(self, limit: int | None = None) -> list[np.ndarray]:
+        """Return full batches, uint8 (B, 1, S, S) each, of at most `limit` radiographs."""
         import numpy as np
 
         from mura_dist.data import radiograph
 
-        images = [radiograph.read(self.folder / path, self.size) for path in self.paths]
+        images = [radiograph.read(self.folder / path, self.size) for path in self.paths[:limit]]
         starts = range(0, len(images) - self.batch + 1, self.batch)
         return [np.stack(images[i : i + self.batch])[:, None] for i in starts]
 

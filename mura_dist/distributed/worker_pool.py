@@ -143,18 +143,19 @@ class WorkerPool:
         """Start processes until there are `workers`, at most `max_workers` of start_pool."""
         self._supervisor.grow(workers)
 
-    def results(self, chunks: Iterable[Sequence[Any]], *, ahead: int = _AHEAD) -> Iterator[Any]:
+    def results(self, chunks: Iterable[Sequence[Any]], *, ahead: int = _AHEAD, min_ahead: int = 0) -> Iterator[Any]:
         """Yield the result of each task, or TaskFailed, in order. Exhaust the iterator before the next call.
 
         Args:
             chunks: Tasks; a chunk is sent to a worker at once.
             ahead: Number of chunks per worker to compute ahead of the consumer.
+            min_ahead: Least number of chunks of all workers together to compute ahead.
 
         Raises:
             Exception: that of a task.
             RunError: workers cannot be started.
         """
-        self._supervisor.feed((chunk for chunk in chunks if chunk), ahead * self.workers)
+        self._supervisor.feed((chunk for chunk in chunks if chunk), ahead, min_ahead)
         while (chunk := self._supervisor.next_chunk()) is not None:
             for result in chunk.results:
                 if isinstance(result, BaseException):
@@ -183,7 +184,7 @@ class _Supervisor(threading.Thread):
         self.prepare, self.limits, self.num_workers = (prepare, arguments), limits, num_workers
         self.max_workers = max_workers
         self.chunks: Iterator[Sequence[Any]] = iter(())
-        self.exhausted, self.ahead = True, 0
+        self.exhausted, self.ahead, self.min_ahead = True, 0, 0
         self.changed = threading.Condition()
         self.pending: deque[_Chunk] = deque()  # sent, not yet consumed
         self.retries: deque[_Chunk] = deque()  # partly done, to be sent again
@@ -202,11 +203,11 @@ class _Supervisor(threading.Thread):
         self.num_workers = min(self.max_workers, max(self.num_workers, num_workers))
         self._wake()
 
-    def feed(self, chunks: Iterator[Sequence[Any]], ahead: int) -> None:
+    def feed(self, chunks: Iterator[Sequence[Any]], ahead: int, min_ahead: int) -> None:
         with self.changed:
             assert self.exhausted, "one stream of tasks at a time"
             assert not self.pending
-            self.chunks, self.ahead, self.exhausted = chunks, ahead, False
+            self.chunks, self.ahead, self.min_ahead, self.exhausted = chunks, ahead, min_ahead, False
         self._wake()
 
     def next_chunk(self) -> _Chunk | None:
@@ -279,7 +280,7 @@ class _Supervisor(threading.Thread):
     def _next_to_send(self) -> _Chunk | None:
         if self.retries:
             return self.retries.popleft()
-        if self.exhausted or len(self.pending) >= self.ahead:
+        if self.exhausted or len(self.pending) >= max(self.ahead * self.num_workers, self.min_ahead):
             return None
         tasks = next(self.chunks, None)
         with self.changed:

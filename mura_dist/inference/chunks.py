@@ -45,7 +45,7 @@ class _Chunk:
         number: Position of the chunk.
         files: Files to read. After an I/O fault, only those that could not be read.
         previous: Result of an earlier start that met I/O faults.
-        reads: One result per file read. Images are views of their batches.
+        reads: One result per file read. With --overlays they keep their images, which are views of their batches.
         logits: Of the radiographs predicted so far.
         cells: Activation maps (h, w) float32, with --overlays.
     """
@@ -59,8 +59,7 @@ class _Chunk:
 
     @property
     def is_predicted(self) -> bool:
-        num_radiographs = sum(read.image is not None for read in self.reads)
-        return len(self.reads) == len(self.files) and len(self.logits) == num_radiographs
+        return len(self.reads) == len(self.files) and len(self.logits) == sum(read.is_radiograph for read in self.reads)
 
 
 @dataclass
@@ -112,7 +111,7 @@ class ChunkPredictor:
         own = [number for number in missing if number % folder.num_ranks == folder.rank]
         if not missing or (folder.rank and not own):
             return
-        self.throughput.num_processes = readers.grow(min(len(own) * self.files.chunk_size, self.files.num_files))
+        readers.prepare(min(len(own) * self.files.chunk_size, self.files.num_files))
         self._predict_all(readers, own)
         monitor = heartbeat.HeartbeatMonitor()
         while folder.rank == 0 and (missing := self._find_missing()):
@@ -160,6 +159,7 @@ class ChunkPredictor:
             self.throughput.num_radiographs += len(logits)
             self._write_predicted(active)
         self._write_predicted(active)
+        self.throughput.num_processes = readers.pool.workers
         self.throughput.computing_s += self.model.busy.seconds - busy_s
         self.throughput.elapsed_s += time.perf_counter() - start
         if self.stop.is_set() and self._find_missing():
@@ -187,7 +187,7 @@ class ChunkPredictor:
                 self.progress(self.num_done, self.files.num_files)
                 if read.image is not None:
                     batch[num_images, 0] = read.image
-                    read = read._replace(image=batch[num_images, 0])
+                    read = read._replace(image=None if self.overlays is None else batch[num_images, 0])
                     num_images += 1
                 chunk.reads.append(read)
                 if num_images == len(batch):
@@ -218,7 +218,7 @@ class ChunkPredictor:
         logits = iter(chunk.logits)
         for file, read in zip(chunk.files, chunk.reads, strict=True):
             name = self.grouping.public_name(file.path)
-            if read.image is None:
+            if not read.is_radiograph:
                 failures.append((name, *read.failure))
                 continue
             if not np.isfinite(logit := next(logits)):

@@ -133,7 +133,9 @@ def predict(
         pseudonymizer = _load_pseudonymizer(options.keytable, out, sources)
         _check_autotune(options)
         config = pipelined_config(options.batch_size)
+        loading_start = time.perf_counter()
         model = OnnxModel.load(model_path, options.provider, config, options.batch_limit_s)
+        loading_s = time.perf_counter() - loading_start
         groups, warnings = _build_grouping(sources, out, options, pseudonymizer, model.card)
         refuse_foreign(out)
         folder = OutputFolder(out, environment.rank(), environment.world_size())
@@ -165,7 +167,11 @@ def predict(
                     _check_io_faults(counts, folder.load_chunks(files.num_chunks, stop))
                     seconds = time.perf_counter() - start
                     summary = summarize(counts, model, num_overlays, warnings, seconds)
-                    summary |= {"throughput": chunks.throughput.summary(), "plan": plan}
+                    summary |= {
+                        "throughput": chunks.throughput.summary(),
+                        "loading_s": round(loading_s, 3),
+                        "plan": plan,
+                    }
                     folder.finish(summary, table_guide.readme(model.card, options.format))
             if folder.rank == 0:
                 folder.clean()

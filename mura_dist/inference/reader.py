@@ -17,7 +17,7 @@ class ReadResult(NamedTuple):
     """Outcome of reading one file: an image, or a failure.
 
     Attributes:
-        image: (S, S) uint8; None for a failure.
+        image: (S, S) uint8; None for a failure, and where it is no longer needed.
         identity: Identifiers of a DICOM file.
         failure: (code, reason); empty texts for an image.
         gate: One of gate.NAMES: whether the image looks like a bone radiograph.
@@ -31,6 +31,11 @@ class ReadResult(NamedTuple):
     gate: str = ""
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_radiograph(self) -> bool:
+        """Whether the file was read."""
+        return not self.failure[0]
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def merge_retry(previous: ChunkResult | None, result: ChunkResult, reads: Sequen
 
 
 def _letter(read: ReadResult) -> str:
-    if read.image is not None:
+    if read.is_radiograph:
         return _RADIOGRAPH
     return _FAULT if read.failure[0] == IO_ERROR else _FAILURE
 
