@@ -237,8 +237,8 @@ class Layer(NamedTuple):
         return Affine(self.scale2, self.shift2)
 
 
-class Kept(NamedTuple):
-    """What one dense layer keeps for backward."""
+class SavedTensors(NamedTuple):
+    """What one dense layer saves for backward."""
 
     bottleneck: Tensor  # (N, 128, h, w), before norm2
     mean: Tensor  # of the bottleneck, (128,)
@@ -383,7 +383,7 @@ class _Block(torch.autograd.Function):
         features.append(x, norms.tail.eps, means[0], variances[0])
         affines = [*(layer.norm1 for layer in layers), tail.norm]
         operations = [NormReluConv(relu) for relu in ReluParameters.from_norms(affines, x.numel() // channels, x.dtype)]
-        kept: list[Kept] = []
+        saved: list[SavedTensors] = []
         for (_, norm2), operation, layer, *statistic in zip(
             norms.layers, operations, layers, means[1:], variances[1:], strict=False
         ):
@@ -393,14 +393,14 @@ class _Block(torch.autograd.Function):
             y, moments = _train_norm_relu(bottleneck, norm2, layer.norm2)
             kernel = layer.conv2.to(x.dtype)
             features.append(F.conv2d(y, kernel, padding=1), norms.tail.eps, *statistic)
-            kept.append(Kept(bottleneck, *moments, moments.inverse.pow(-2), kernel, features.inverses[-1]))
+            saved.append(SavedTensors(bottleneck, *moments, moments.inverse.pow(-2), kernel, features.inverses[-1]))
         norms.update_running(*statistics)
         a = operations[-1].clip(features.pixels)
         if pool:
             a = _pixels(F.avg_pool2d(_images(a, (batch, height, width)), 2))
             height, width = height // 2, width // 2
         ctx.pool, ctx.operations = pool, operations
-        ctx.save_for_backward(features.values, features.inverses[0], *itertools.chain(*kept), *parameters)
+        ctx.save_for_backward(features.values, features.inverses[0], *itertools.chain(*saved), *parameters)
         return _images(operations[-1].forward(a, tail.conv, tail.bias), (batch, height, width))
 
     @staticmethod
@@ -408,13 +408,13 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         values, inverse, *tensors = ctx.saved_tensors
         num_layers = len(ctx.operations) - 1
-        num_kept = num_layers * len(Kept._fields)
-        kept = _group(tensors[:num_kept], Kept, len(Kept._fields))
-        layers, tail = _group_parameters(tensors[num_kept:])
-        features = Features(values, [inverse, *(each.out_inverse for each in kept)], values.shape[1])
+        num_saved = num_layers * len(SavedTensors._fields)
+        saved = _group(tensors[:num_saved], SavedTensors, len(SavedTensors._fields))
+        layers, tail = _group_parameters(tensors[num_saved:])
+        features = Features(values, [inverse, *(each.out_inverse for each in saved)], values.shape[1])
         identity = Moments(inverse.new_zeros(values.shape[1]), inverse.new_ones(values.shape[1]))
         total, gradients = _backward_tail(grad, features, ctx.operations[-1], tail, identity, pool=ctx.pool)
-        for layer, operation, own in zip(reversed(layers), reversed(ctx.operations[:-1]), reversed(kept), strict=True):
+        for layer, operation, own in zip(reversed(layers), reversed(ctx.operations[:-1]), reversed(saved), strict=True):
             grad = features.pop_gradient(total, identity)
             grad, *grads = _backward2(grad, own, layer.norm2)
             a = operation.clip(features.pixels)
@@ -446,12 +446,12 @@ def _backward_tail(
     return grad_a.mul_(passed), [*gradients, None if tail.bias is None else grad_bias]
 
 
-def _backward2(grad: Tensor, kept: Kept, norm: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward2(grad: Tensor, saved: SavedTensors, norm: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the bottleneck and of (scale2, shift2, conv2), through conv2, relu and norm2."""
-    y, _, _ = torch.native_batch_norm(kept.bottleneck, *norm, kept.mean, kept.variance, False, 0.0, 0.0)
-    grad, grad_kernel = _convolution_backward(grad, y.relu_(), kept.kernel)
+    y, _, _ = torch.native_batch_norm(saved.bottleneck, *norm, saved.mean, saved.variance, False, 0.0, 0.0)
+    grad, grad_kernel = _convolution_backward(grad, y.relu_(), saved.kernel)
     grad = torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
-    grad, scale, shift = _norm_backward(grad, kept.bottleneck, Moments(kept.mean, kept.inverse), norm.weight)
+    grad, scale, shift = _norm_backward(grad, saved.bottleneck, Moments(saved.mean, saved.inverse), norm.weight)
     return grad, scale, shift, grad_kernel.to(norm.weight.dtype)
 
 
