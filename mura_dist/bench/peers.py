@@ -155,7 +155,7 @@ def _reader(tars: list[str], side: int, on_gpu: bool, **options: Any) -> Any:
 
 
 def spdl(load: Load) -> Epochs:
-    """Return the epochs of SPDL's pipeline: decode, resize and augment on threads, then stack."""
+    """Return the epochs of SPDL's pipeline, as in its guide to images: a thread decodes, resizes and augments a batch."""
     import cv2
     import numpy as np
     import torch
@@ -172,13 +172,12 @@ def spdl(load: Load) -> Epochs:
         turned = cv2.warpAffine(gray, matrix, size, flags=cv2.INTER_LINEAR)
         return cv2.flip(turned, 1) if random.random() < 0.5 else turned  # (S, S) uint8
 
-    def stack(images: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.stack(images)[:, None])  # uint8 (B, 1, S, S)
+    def images(paths: list[str]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([image(path) for path in paths])[:, None])  # uint8 (B, 1, S, S)
 
     def epoch() -> Iterator[torch.Tensor]:
-        builder = PipelineBuilder().add_source(random.sample(files, len(files))).pipe(image, concurrency=load.workers)
-        builder = builder.aggregate(load.batch, drop_last=True).pipe(stack).add_sink()
-        pipeline = builder.build(num_threads=load.workers + 1)  # one stacks
+        builder = PipelineBuilder().add_source(random.sample(files, len(files))).aggregate(load.batch, drop_last=True)
+        pipeline = builder.pipe(images, concurrency=load.workers).add_sink().build(num_threads=load.workers)
         with pipeline.auto_stop():
             yield from (batch.to(target, non_blocking=True) for batch in pipeline)
 
