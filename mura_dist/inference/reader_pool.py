@@ -7,6 +7,7 @@ results. A process costs 0.2 s of CPU time to start, and one alone reads several
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from mura_dist.inference.reader import RadiographReader, ReadResult, failure_res
 
 _FILES_PER_WORKER = 64  # at least: a radiograph of 0.2 megapixels costs 3.3 ms to read
 _PATIENCE_S = 0.02  # wait for a result after which another process starts
+_FIRST_TASKS = 4  # tasks whose results the model always waits for
 _FILES_PER_TASK, _PIXELS_PER_TASK = 8, 1 << 20  # upper limits
 
 
@@ -57,15 +59,14 @@ class ReaderPool:
             for paths in path_lists
             for start in range(0, len(paths), self.files_per_task)
         )
-        results, has_begun = self.pool.results(tasks, ahead=2, min_ahead=self.num_ahead), False
-        while True:
+        results = self.pool.results(tasks, ahead=2, min_ahead=self.num_ahead)
+        for number in itertools.count():
             start = time.perf_counter()
-            result = next(results, None)
-            if result is None:
+            if (result := next(results, None)) is None:
                 return
-            if has_begun and time.perf_counter() - start > _PATIENCE_S and self.pool.workers < self.max_workers:
+            is_late = number >= _FIRST_TASKS * self.files_per_task and time.perf_counter() - start > _PATIENCE_S
+            if is_late and self.pool.workers < self.max_workers:
                 self.pool.grow(self.pool.workers + 1)
-            has_begun = True
             is_lost = isinstance(result, TaskFailed)
             yield failure_result("unreadable", f"its decoder {result.reason}") if is_lost else result
 
