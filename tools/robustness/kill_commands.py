@@ -30,7 +30,7 @@ TIMED = ("report.json", "gallery.json", "report.html", "gallery.html", "predict.
 STAMP = ".evaluate.json"  # digests of the reports
 CLOCK = (  # keys whose values differ from start to start
     *("seconds", "radiographs_per_s", "files_per_s", "waiting_s", "time", "time_s", "evaluation_s", "images_per_s"),
-    *("data_wait_share", "overhead_share", "limited_by", "throughput"),
+    *("data_wait_share", "overhead_share", "limited_by", "throughput", "loading_s"),
 )
 COMMANDS = ("evaluate", "export", "ensemble", "score")
 
