@@ -34,7 +34,7 @@ class ReadResult(NamedTuple):
 
     @property
     def is_radiograph(self) -> bool:
-        """Whether the file was read."""
+        """Tell whether the file was read."""
         return not self.failure[0]
 
 

@@ -51,7 +51,7 @@ class Moments(NamedTuple):
         return Moments(self.mean.narrow(0, 0, number), self.inverse.narrow(0, 0, number))
 
 
-class ReluParameters(NamedTuple):
+class NormRelu(NamedTuple):
     """relu(weight * x + bias) of normalized x as weight * (max(x, kink) - kink) + least, (C,) each; min where weight < 0."""
 
     weight: Tensor  # never 0
@@ -64,7 +64,7 @@ class ReluParameters(NamedTuple):
     falling: bool  # some weight is negative: both bounds are needed
 
     @classmethod
-    def from_norms(cls, norms: Sequence[Affine], num: int, dtype: torch.dtype) -> "list[ReluParameters]":
+    def from_norms(cls, norms: Sequence[Affine], num: int, dtype: torch.dtype) -> "list[NormRelu]":
         """Return the parameters of each norm; the kinks are clamped to sqrt(num), which no normalized value exceeds.
 
         Samuelson's inequality (1968) gives the bound. `num` is the number of values per channel, in `dtype`.
@@ -84,36 +84,26 @@ class ReluParameters(NamedTuple):
             for w, k, o, least, at, low, high, falling in zip(*fields, strict=True)
         ]
 
-
-class NormReluConv:
-    """relu(norm(x)) of normalized x and the 1x1 convolution after it, as a product with a = max(x, kink).
-
-    relu(norm(x)) = weight * (a - kink) + least with the norm's ReluParameters. `clip` uses the kink in x's dtype.
-    """
-
-    def __init__(self, relu: ReluParameters) -> None:
-        self._relu = relu
-        self._scaled = torch.empty(0)  # (O, C): the convolution's weight times the norm's, in x's dtype
-
     def clip(self, x: Tensor) -> Tensor:
         """Return a of x (P, C): max(x, kink), or min where the norm's weight is negative."""
-        relu = self._relu
-        return torch.clamp(x, relu.low, relu.high) if relu.falling else torch.maximum(x, relu.limit)
+        return torch.clamp(x, self.low, self.high) if self.falling else torch.maximum(x, self.limit)
 
-    def forward(self, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the output (P, O) for a (P, C), clipped and perhaps pooled, and the convolution's weight (O, C, ...)."""
-        weight, relu = weight.flatten(1), self._relu
-        shift = torch.mv(weight, relu.offset)
-        self._scaled = torch.mul(weight, relu.weight, out=torch.empty_like(weight, dtype=a.dtype))
-        return F.linear(a, self._scaled, (shift if bias is None else shift + bias).to(a.dtype))
+    def convolve(self, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the 1x1 convolution of relu(norm(x)), (P, O), and its scaled weight (O, C): times the norm's, in a's dtype.
 
-    def backward(self, grad: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient of a, (P, C), and the product of `grad` (P, O) and a over the pixels, (O, C)."""
-        return grad @ self._scaled, grad.T @ a
+        Args:
+            a: clipped and perhaps pooled, (P, C).
+            weight: the convolution's weight (O, C, ...).
+            bias: the convolution's bias (O,).
+        """
+        weight = weight.flatten(1)
+        shift = torch.mv(weight, self.offset)
+        scaled = torch.mul(weight, self.weight, out=torch.empty_like(weight, dtype=a.dtype))
+        return F.linear(a, scaled, (shift if bias is None else shift + bias).to(a.dtype)), scaled
 
     def passed_(self, a: Tensor) -> Tensor:
         """Return, in place of a (P, C), 0 where it is clipped, else 1."""
-        return torch.ne(a, self._relu.limit, out=a)
+        return torch.ne(a, self.limit, out=a)
 
     def grad_parameters(
         self, inner: Tensor, passing: Tensor, weight: Tensor, grad_bias: Tensor | None = None
@@ -126,15 +116,14 @@ class NormReluConv:
             weight: the convolution's weight (O, C, ...).
             grad_bias: the output's gradient summed over the pixels, (O,). None if it is 0, as before a norm.
         """
-        relu = self._relu
         inner = inner.to(weight.dtype)
         if grad_bias is not None:
-            inner = torch.addr(inner, grad_bias, relu.kink, alpha=-1)  # of a - kink
-        grad_shift = passing / relu.weight
-        grad_scale = (weight.flatten(1) * inner).sum(0).addcmul_(relu.kink, grad_shift)
-        grad_weight = inner.mul_(relu.weight)
+            inner = torch.addr(inner, grad_bias, self.kink, alpha=-1)  # of a - kink
+        grad_shift = passing / self.weight
+        grad_scale = (weight.flatten(1) * inner).sum(0).addcmul_(self.kink, grad_shift)
+        grad_weight = inner.mul_(self.weight)
         if grad_bias is not None:
-            grad_weight.addr_(grad_bias, relu.least)
+            grad_weight.addr_(grad_bias, self.least)
         return grad_scale, grad_shift, grad_weight.view_as(weight)
 
 
@@ -238,12 +227,13 @@ class Layer(NamedTuple):
 
 
 class SavedTensors(NamedTuple):
-    """What one dense layer saves for backward."""
+    """Tensors that one dense layer saves for backward."""
 
     bottleneck: Tensor  # (N, 128, h, w), before norm2
     mean: Tensor  # of the bottleneck, (128,)
     inverse: Tensor  # 1 / sqrt(variance)
     variance: Tensor  # biased, plus eps
+    scaled: Tensor  # conv1's weight times norm1's in the buffer's dtype, (128, C)
     kernel: Tensor  # conv2's weight in the buffer's dtype
     out_inverse: Tensor  # 1 / sqrt(biased variance + eps) of the new channels
 
@@ -382,67 +372,76 @@ class _Block(torch.autograd.Function):
         means, variances = (statistic.split(widths) for statistic in statistics)
         features.append(x, norms.tail.eps, means[0], variances[0])
         affines = [*(layer.norm1 for layer in layers), tail.norm]
-        operations = [NormReluConv(relu) for relu in ReluParameters.from_norms(affines, x.numel() // channels, x.dtype)]
+        relus = NormRelu.from_norms(affines, x.numel() // channels, x.dtype)
         saved: list[SavedTensors] = []
-        for (_, norm2), operation, layer, *statistic in zip(
-            norms.layers, operations, layers, means[1:], variances[1:], strict=False
+        for (_, norm2), relu, layer, *statistic in zip(
+            norms.layers, relus, layers, means[1:], variances[1:], strict=False
         ):
-            bottleneck = _images(
-                operation.forward(operation.clip(features.pixels), layer.conv1), (batch, height, width)
-            )
+            output, scaled = relu.convolve(relu.clip(features.pixels), layer.conv1)
+            bottleneck = _images(output, (batch, height, width))
             y, moments = _train_norm_relu(bottleneck, norm2, layer.norm2)
             kernel = layer.conv2.to(x.dtype)
             features.append(F.conv2d(y, kernel, padding=1), norms.tail.eps, *statistic)
-            saved.append(SavedTensors(bottleneck, *moments, moments.inverse.pow(-2), kernel, features.inverses[-1]))
+            variance = moments.inverse.pow(-2)
+            saved.append(SavedTensors(bottleneck, *moments, variance, scaled, kernel, features.inverses[-1]))
         norms.update_running(*statistics)
-        a = operations[-1].clip(features.pixels)
+        a = relus[-1].clip(features.pixels)
         if pool:
             a = _pixels(F.avg_pool2d(_images(a, (batch, height, width)), 2))
             height, width = height // 2, width // 2
-        ctx.pool, ctx.operations = pool, operations
-        ctx.save_for_backward(features.values, features.inverses[0], *itertools.chain(*saved), *parameters)
-        return _images(operations[-1].forward(a, tail.conv, tail.bias), (batch, height, width))
+        ctx.pool, ctx.relus = pool, relus
+        output, scaled = relus[-1].convolve(a, tail.conv, tail.bias)
+        ctx.save_for_backward(features.values, features.inverses[0], scaled, *itertools.chain(*saved), *parameters)
+        return _images(output, (batch, height, width))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        values, inverse, *tensors = ctx.saved_tensors
-        num_layers = len(ctx.operations) - 1
+        values, inverse, scaled, *tensors = ctx.saved_tensors
+        num_layers = len(ctx.relus) - 1
         num_saved = num_layers * len(SavedTensors._fields)
         saved = _group(tensors[:num_saved], SavedTensors, len(SavedTensors._fields))
         layers, tail = _group_parameters(tensors[num_saved:])
         features = Features(values, [inverse, *(each.out_inverse for each in saved)], values.shape[1])
         identity = Moments(inverse.new_zeros(values.shape[1]), inverse.new_ones(values.shape[1]))
-        total, gradients = _backward_tail(grad, features, ctx.operations[-1], tail, identity, pool=ctx.pool)
-        for layer, operation, own in zip(reversed(layers), reversed(ctx.operations[:-1]), reversed(saved), strict=True):
+        total, gradients = _backward_tail(grad, features, ctx.relus[-1], scaled, tail, identity, pool=ctx.pool)
+        for layer, relu, own in zip(reversed(layers), reversed(ctx.relus[:-1]), reversed(saved), strict=True):
             grad = features.pop_gradient(total, identity)
             grad, *grads = _backward2(grad, own, layer.norm2)
-            a = operation.clip(features.pixels)
-            grad_a, inner = operation.backward(_pixels(grad), a)
-            passed = operation.passed_(a)
+            a = relu.clip(features.pixels)
+            grad = _pixels(grad)
+            grad_a, inner = grad @ own.scaled, grad.T @ a
+            passed = relu.passed_(a)
             passing = features.sum_products(grad_a, passed, identity)
             total.narrow(1, 0, features.num_filled).addcmul_(grad_a, passed)
-            gradients = [*operation.grad_parameters(inner, passing, layer.conv1), *grads, *gradients]
+            gradients = [*relu.grad_parameters(inner, passing, layer.conv1), *grads, *gradients]
         return features.pop_gradient(total, identity), None, None, *gradients
 
 
 def _backward_tail(
-    grad: Tensor, features: Features, operation: NormReluConv, tail: Tail, identity: Moments, *, pool: bool
+    grad: Tensor,
+    features: Features,
+    relu: NormRelu,
+    scaled: Tensor,
+    tail: Tail,
+    identity: Moments,
+    *,
+    pool: bool,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the gradients of the features, (P, C), and of the tail's parameters."""
     size = (len(features.values), *features.values.shape[2:])
-    a = operation.clip(features.pixels)
+    a = relu.clip(features.pixels)
     images = _images(a, size)
     grad = _pixels(grad.contiguous(memory_format=torch.channels_last))
-    grad_a, inner = operation.backward(grad, _pixels(F.avg_pool2d(images, 2)) if pool else a)
+    grad_a, inner = grad @ scaled, grad.T @ (_pixels(F.avg_pool2d(images, 2)) if pool else a)
     if pool:
         pooled = _images(grad_a, (size[0], size[1] // 2, size[2] // 2))
         window = [2, 2], [2, 2], [0, 0], False, True, None
         grad_a = _pixels(torch.ops.aten.avg_pool2d_backward(pooled, images, *window))
-    passed = operation.passed_(a)
+    passed = relu.passed_(a)
     passing = features.sum_products(grad_a, passed, identity)
     grad_bias = grad.sum(0, dtype=passing.dtype)
-    gradients = operation.grad_parameters(inner, passing, tail.conv, grad_bias)
+    gradients = relu.grad_parameters(inner, passing, tail.conv, grad_bias)
     return grad_a.mul_(passed), [*gradients, None if tail.bias is None else grad_bias]
 
 

@@ -30,7 +30,7 @@ _VARIABLES = ("ATEN_", "CUDA_", "CUDNN_", "DNNL_", "KMP_", "MKL_", "NVIDIA_", "O
 
 
 class _Content(BaseModel):
-    """What a stamp records."""
+    """Content of a stamp: a request, its outputs and a result to reuse."""
 
     request: dict[str, Any]
     outputs: dict[str, str]  # SHA-256 of each output by its name
